@@ -1,0 +1,1 @@
+"""Shipped configurations: runs (`laptop`, ...) and the parts they include (`model/`, `hardware/`)."""

@@ -1,0 +1,203 @@
+"""What the mocked machine is made of: dies, NPUs, hosts, planes, supernode.
+
+Owns: the numbers of a configs/hardware/*.yaml file, their range checks, and how NPUs and hosts sit in nodes.
+Must not know: time, tensors, YAML.
+Source: every number carries its own in the YAML file; the structure is that of arXiv 2506.12708, section 3.
+
+A path is what one transfer can use alone: `paths[pair, op, scope]`. `read` is started by the receiver,
+`write` by the sender. `inter` crosses nodes, `intra` stays inside one.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
+
+Pair = Literal["npu_npu", "npu_host", "host_host"]
+Op = Literal["read", "write"]
+Scope = Literal["inter", "intra"]
+PlaneName = Literal["ub", "rdma", "vpc"]
+PathKey: TypeAlias = tuple[Pair, Op, Scope]
+
+SpecT = TypeVar("SpecT")
+
+
+class SpecError(ValueError):
+    """A hardware description is incomplete, or has an unknown key or a value out of range."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathSpec:
+    """One transfer alone between two endpoints: bandwidth one way, and latency of a small message."""
+
+    bytes_per_s: float
+    latency_ns: int
+
+    def __post_init__(self) -> None:
+        _positive("bytes_per_s", self.bytes_per_s)
+        _not_negative("latency_ns", self.latency_ns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DieSpec:
+    """One die: what the paper's operator tables and all parallel degrees count."""
+
+    num_aic: int
+    num_aiv: int
+    int8_flops_per_s: float
+    bf16_flops_per_s: float
+    hbm_bytes: int
+    hbm_bytes_per_s: float
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _positive(field.name, getattr(self, field.name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NpuSpec:
+    """One package of dies: what the paper's throughput and batch sizes count."""
+
+    num_dies: int
+    die: DieSpec
+    die_to_die: PathSpec  # between dies of one package
+
+    def __post_init__(self) -> None:
+        _positive("num_dies", self.num_dies)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostSpec:
+    """One CPU socket with its DRAM."""
+
+    dram_bytes: int
+
+    def __post_init__(self) -> None:
+        _positive("dram_bytes", self.dram_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaneSpec:
+    """One network plane. `port_owner`: each endpoint has its own ports, or each node one pair for all."""
+
+    die_port_bytes_per_s: float  # nominal, one way
+    port_owner: Literal["endpoint", "node"]
+    paths: Mapping[PathKey, PathSpec]
+
+    def __post_init__(self) -> None:
+        _positive("die_port_bytes_per_s", self.die_port_bytes_per_s)
+        if self.port_owner not in ("endpoint", "node"):
+            raise SpecError(f"port_owner: {self.port_owner!r} is neither 'endpoint' nor 'node'")
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], *, where: str = "plane") -> "PlaneSpec":
+        """Read one entry of `planes`; `paths` is nested there as pair, op, scope."""
+        if not isinstance(raw, Mapping):
+            raise SpecError(f"{where}: {raw!r} is not a mapping")
+        paths = _read_paths(_section(raw, "paths", f"{where}."), where=f"{where}.paths")
+        return _build(cls, {**raw, "paths": paths}, where)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupernodeSpec:
+    """A whole machine. NPUs, hosts and nodes are numbered from 0, node by node."""
+
+    name: str
+    num_nodes: int
+    npus_per_node: int
+    hosts_per_node: int
+    npu: NpuSpec
+    host: HostSpec
+    planes: Mapping[PlaneName, PlaneSpec]
+
+    def __post_init__(self) -> None:
+        for name in ("num_nodes", "npus_per_node", "hosts_per_node"):
+            _positive(name, getattr(self, name))
+        for plane in get_args(PlaneName):
+            if plane not in self.planes:
+                raise SpecError(f"planes.{plane}: missing")
+
+    @property
+    def num_npus(self) -> int:
+        return self.num_nodes * self.npus_per_node
+
+    @property
+    def num_hosts(self) -> int:
+        return self.num_nodes * self.hosts_per_node
+
+    @property
+    def num_dies(self) -> int:
+        return self.num_npus * self.npu.num_dies
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "SupernodeSpec":
+        """Read the contents of a configs/hardware/*.yaml file. Raises SpecError, naming the field."""
+        values = dict(raw)
+        npu = dict(_section(values, "npu"))
+        npu["die"] = _build(DieSpec, _section(npu, "die", "npu."), "npu.die")
+        npu["die_to_die"] = _build(PathSpec, _section(npu, "die_to_die", "npu."), "npu.die_to_die")
+        values["npu"] = _build(NpuSpec, npu, "npu")
+        values["host"] = _build(HostSpec, _section(values, "host"), "host")
+        planes: dict[PlaneName, PlaneSpec] = {}
+        for name, plane in _section(values, "planes").items():
+            if name not in get_args(PlaneName):
+                raise SpecError(f"planes.{name}: unknown key")
+            planes[cast(PlaneName, name)] = PlaneSpec.from_dict(plane, where=f"planes.{name}")
+        values["planes"] = planes
+        return _build(cls, values, "")
+
+
+def _read_paths(raw: object, *, where: str) -> dict[PathKey, PathSpec]:
+    paths: dict[PathKey, PathSpec] = {}
+    for pair, by_op in _mapping(raw, where).items():
+        for op, by_scope in _mapping(by_op, f"{where}.{pair}").items():
+            for scope, path in _mapping(by_scope, f"{where}.{pair}.{op}").items():
+                name = f"{where}.{pair}.{op}.{scope}"
+                if pair not in get_args(Pair) or op not in get_args(Op) or scope not in get_args(Scope):
+                    raise SpecError(f"{name}: unknown key")
+                paths[cast(PathKey, (pair, op, scope))] = _build(PathSpec, _mapping(path, name), name)
+    return paths
+
+
+def _build(cls: type[SpecT], raw: Mapping[str, Any], where: str) -> SpecT:
+    """`cls(**raw)`, with numbers of the declared kind and errors that name the whole path."""
+    prefix = f"{where}." if where else ""
+    kinds = {field.name: field.type for field in fields(cls)}  # type: ignore[arg-type]
+    for name in raw:
+        if name not in kinds:
+            raise SpecError(f"{prefix}{name}: unknown key")
+    values: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        if name not in raw:
+            raise SpecError(f"{prefix}{name}: missing")
+        value = raw[name]
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if (kind is int and not (number and value == int(value))) or (kind is float and not number):
+            raise SpecError(f"{prefix}{name}: {value!r} is not {'an integer' if kind is int else 'a number'}")
+        values[name] = int(value) if kind is int else float(value) if kind is float else value
+    try:
+        return cls(**values)
+    except SpecError as error:
+        raise SpecError(f"{prefix}{error}") from None
+
+
+def _section(raw: Mapping[str, Any], name: str, prefix: str = "") -> Mapping[str, Any]:
+    if name not in raw:
+        raise SpecError(f"{prefix}{name}: missing")
+    return _mapping(raw[name], f"{prefix}{name}")
+
+
+def _mapping(raw: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise SpecError(f"{where}: {raw!r} is not a mapping")
+    return raw
+
+
+def _positive(name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise SpecError(f"{name}: {value} must be finite and above 0")
+
+
+def _not_negative(name: str, value: float) -> None:
+    if not (value >= 0 and math.isfinite(value)):
+        raise SpecError(f"{name}: {value} must be finite and at least 0")

@@ -1,0 +1,2 @@
+"""A DeepSeek-R1-style model whose shards ask for communication as data. Knows nothing of devices, serving or
+time."""

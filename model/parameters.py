@@ -1,0 +1,96 @@
+"""The tensors that one rank holds, fused and stacked the way the layers use them.
+
+Owns: which tensors belong together, their shapes, and how many bytes a rank keeps.
+Must not know: files, names of the hub, forward passes.
+Source: layouts follow DeepSeek-V3's matrices; all are (output, input) as torch.nn.functional.linear takes
+them.
+"""
+
+# Shapes: H hidden_size, n heads of this rank, N all heads, Q q_lora_rank, C kv_lora_rank, R qk_rope_head_dim,
+#         D qk_nope_head_dim, V v_head_dim, I intermediate size, P experts of this rank, E logical experts
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttentionWeights:
+    """MLA of one layer. Heads are those of this rank; everything else is whole on every rank."""
+
+    qkv_a: Tensor  # (Q + C + R, H): query and key-value down-projections in one product; (C + R, H) without Q
+    q_a_norm: Tensor | None  # (Q,); None when q_lora_rank is None
+    q_b: Tensor  # (n (D + R), Q), or (n (D + R), H) without Q
+    kv_a_norm: Tensor  # (C,)
+    w_uk: Tensor  # (n, D, C) rows of kv_b_proj that make keys
+    w_uv: Tensor  # (n, V, C) rows of kv_b_proj that make values
+    o: Tensor  # (H, N V)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MlpWeights:
+    """SwiGLU of a dense layer or of the shared expert."""
+
+    gate_up: Tensor  # (2 I, H)
+    down: Tensor  # (H, I)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MoeWeights:
+    """Mixture of experts of one layer: the router, this rank's physical experts, the shared expert."""
+
+    gate: Tensor  # (E, H)
+    gate_bias: Tensor  # (E,) e_score_correction_bias
+    experts_gate_up: Tensor  # (P, 2 I, H)
+    experts_down: Tensor  # (P, H, I)
+    shared: MlpWeights | None  # None when the shared expert is dispatched: then it sits in slots
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BlockWeights:
+    """One decoder block."""
+
+    input_norm: Tensor  # (H,)
+    attention: AttentionWeights
+    post_attention_norm: Tensor  # (H,)
+    mlp: MlpWeights | MoeWeights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MtpWeights:
+    """One multi-token-prediction module. Embedding and head are the main model's."""
+
+    enorm: Tensor  # (H,) norm of the next token's embedding
+    hnorm: Tensor  # (H,) norm of the previous hidden state
+    eh_proj: Tensor  # (H, 2 H)
+    block: BlockWeights
+    head_norm: Tensor  # (H,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RankWeights:
+    """Everything that one rank holds."""
+
+    embedding: Tensor  # (vocab, H)
+    blocks: tuple[BlockWeights, ...]
+    final_norm: Tensor  # (H,)
+    lm_head: Tensor  # (vocab, H); the embedding itself when tied
+    mtp: tuple[MtpWeights, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors; a tied head counts once."""
+        unique = {tensor.data_ptr(): tensor for tensor in _tensors(self)}
+        return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
+
+
+def _tensors(part: object) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, tuple):
+        for item in part:
+            yield from _tensors(item)
+    elif part is not None:
+        for field in fields(part):  # type: ignore[arg-type]  # every other part is one of the dataclasses above
+            yield from _tensors(getattr(part, field.name))

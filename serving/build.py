@@ -1,0 +1,285 @@
+"""Making a cluster from a configuration: schedulers, engines, router, pool, fabric, and the plans of the devices.
+
+Owns: how the keys of a configuration become constructor arguments.
+Must not know: Ray, HTTP, torch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from devices.clock import Clock
+from devices.fabric import Endpoint, Fabric
+from devices.rates import DEFAULT_IMBALANCE, ExpertDeployment
+from devices.pipeline import StepTime, StepTimeModel, StepWork
+from model import work
+from model.layout import RankLayout, make_layouts, uniform_placement
+from serving.cluster import Cluster
+from serving.config import Role, RunConfig
+from serving.core.batch_scheduler import BatchScheduler
+from serving.core.event_log import EventLog
+from serving.core.ids import InstanceId
+from serving.core.pool_index import PoolIndex
+from serving.core.request import Request
+from serving.core.router import Router
+from serving.core.scheduled_batch import ScheduledBatch
+from serving.engine import Engine, StepRecord
+from serving.kv_pool import KvPool
+from serving.messages import SamplingParams
+from serving.plan import block_bytes, die_plan
+from serving.shard import Shard, TimingShard, TorchShard
+from serving.transport import NullTransport, Transport
+from serving.worker import HostPlan, NpuPlan, NpuWorkerPlan, RankPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstancePlace:
+    """One instance and its NPUs in the supernode."""
+
+    instance_id: InstanceId
+    role: Role
+    npu_ids: tuple[int, ...]
+
+
+def instance_places(config: RunConfig) -> list[InstancePlace]:
+    """Instances and their NPUs. Each begins on a node of its own, so that hand-overs cross nodes as in production."""
+    places, next_npu, per_node = [], 0, config.hardware.npus_per_node
+    for role, section in config.instances.items():
+        for index in range(section.count):
+            npu_ids = tuple(range(next_npu, next_npu + section.npus))
+            places.append(InstancePlace(instance_id=InstanceId(f"{role}-{index}"), role=role, npu_ids=npu_ids))
+            next_npu += -(-section.npus // per_node) * per_node
+    return places
+
+
+def build_cluster(
+    config: RunConfig,
+    *,
+    clock: Clock,
+    log: EventLog,
+    transport: Transport | None,
+    on_step: Callable[[StepRecord], None] = lambda record: None,
+) -> Cluster:
+    """The cluster of a configuration; `transport` None gives timing shards, otherwise torch shards behind it."""
+    fabric = Fabric(config.hardware)
+    moves = transport or NullTransport()
+    dies: dict[InstanceId, list[Endpoint]] = {}
+    engines: dict[Role, list[Engine]] = {}
+    cluster: Cluster
+    for place in instance_places(config):
+        role = place.role
+        dies[place.instance_id] = [
+            fabric.die(npu_id, die) for npu_id in place.npu_ids for die in range(config.dies_per_npu(role))
+        ]
+        section = config.instances[role]
+        scheduler = BatchScheduler(
+            num_ranks=config.num_scheduling_ranks(role),
+            num_blocks=section.num_blocks,
+            block_size=config.cache.block_size,
+            max_num_seqs=section.max_num_seqs,
+            max_num_batched_tokens=section.max_num_batched_tokens,
+            max_model_len=config.model.max_model_len,
+            enable_prefix_caching=section.prefix_caching,
+            policy=config.scheduler.policy,
+            preempt_to="caller" if role == "decode" else "self",
+        )
+        shard: Shard = TimingShard()
+        if transport is not None:
+            shard = TorchShard(
+                instance_id=place.instance_id,
+                transport=transport,
+                scheduler=scheduler,
+                world_size=config.world_size(role),
+                is_replicated=role == "prefill",
+            )
+        engines.setdefault(role, []).append(
+            Engine(
+                instance_id=place.instance_id,
+                scheduler=scheduler,
+                shard=shard,
+                charge=_charge(config, role),
+                stops=_stops(config.shape.eos_token_id),
+                clock=clock,
+                log=log,
+                on_step=on_step,
+                on_capacity=lambda: cluster.on_capacity(),
+            )
+        )
+    pool = None
+    if config.kv_pool.enabled and config.disaggregated:
+        hosts = host_endpoints(config, fabric)
+        pool = KvPool(
+            index=PoolIndex(
+                hosts={host_id: config.kv_pool.dram_bytes_per_host for host_id in range(len(hosts))},
+                lease_ns=round(config.kv_pool.lease_s * 1e9),
+            ),
+            hosts=hosts,
+            fabric=fabric,
+            transport=moves,
+            clock=clock,
+            log=log,
+            block_bytes=block_bytes(config),
+            block_size=config.cache.block_size,
+        )
+    cluster = Cluster(
+        config=config,
+        clock=clock,
+        log=log,
+        engines=engines,
+        router=build_router(config, engines),
+        pool=pool,
+        fabric=fabric,
+        transport=moves,
+        dies=dies,
+        kv_bytes_per_token=work.kv_bytes_per_token(config.charged_shape),
+    )
+    return cluster
+
+
+def host_endpoints(config: RunConfig, fabric: Fabric) -> list[Endpoint]:
+    """Hosts of the pool, dealt over the nodes that hold instances."""
+    per_node = config.hardware.hosts_per_node
+    nodes = sorted({npu // config.hardware.npus_per_node for p in instance_places(config) for npu in p.npu_ids})
+    order = [node * per_node + socket for socket in range(per_node) for node in nodes]
+    spare = [host for host in range(config.hardware.num_hosts) if host not in set(order)]
+    return [fabric.host(host_id) for host_id in (order + spare)[: config.kv_pool.hosts]]
+
+
+def _charge(config: RunConfig, role: Role) -> Callable[[ScheduledBatch], StepTime]:
+    """The time of a step of one instance of `role`."""
+    charged = config.charged_instance(role)
+    model = StepTimeModel(
+        config.charged_shape,
+        config.hardware,
+        role=role,
+        represents_ep=charged.ep,
+        microbatch=config.timing.microbatch,
+        deployment=ExpertDeployment(
+            ep=charged.ep,
+            num_router_slots=config.charged_shape.n_routed_experts + charged.num_redundant_experts,
+            num_shared_slots=charged.num_shared_expert_copies,
+            imbalance=DEFAULT_IMBALANCE[role] if charged.ep > 1 else 1.0,
+        ),
+    )
+    world_size = config.world_size(role)
+
+    def charge(batch: ScheduledBatch) -> StepTime:
+        scheduled = batch.num_scheduled_tokens.astype(np.int64)
+        end = batch.num_computed_tokens + scheduled
+        # Query token i of a row attends to the tokens before it in the row's context, and to itself.
+        context = scheduled * batch.num_computed_tokens + scheduled * (scheduled + 1) // 2
+        if role == "prefill":
+            return model.step(
+                StepWork.split_sequence(
+                    world_size,
+                    num_tokens=int(scheduled.sum()),
+                    num_context_tokens=int(context.sum()),
+                    num_kv_tokens=int(end.sum()),
+                    num_seqs=batch.num_rows,
+                    num_samples=int(batch.samples.sum()),
+                )
+            )
+        return model.step(
+            StepWork(
+                num_tokens=batch.sum_by_rank(scheduled),
+                num_context_tokens=batch.sum_by_rank(context),
+                num_kv_tokens=batch.sum_by_rank(end),
+                num_seqs=np.diff(batch.rank_starts),
+                num_samples=batch.sum_by_rank(batch.samples),
+            )
+        )
+
+    return charge
+
+
+def _stops(eos_token_id: int) -> Callable[[Request, int], bool]:
+    def stops(request: Request, token_id: int) -> bool:
+        params = request.sampling
+        assert isinstance(params, SamplingParams)
+        if request.num_output_tokens + 1 < params.min_tokens:
+            return False
+        return (token_id == eos_token_id and not params.ignore_eos) or token_id in params.stop_token_ids
+
+    return stops
+
+
+def npu_worker_plans(config: RunConfig, checkpoint: Path) -> dict[InstanceId, list[NpuWorkerPlan]]:
+    """Workers of every instance: one NPU each, or a node's with `ray.pack: node`."""
+    plans: dict[InstanceId, list[NpuWorkerPlan]] = {}
+    for place in instance_places(config):
+        role = place.role
+        npus = []
+        layouts = rank_layouts(config, role)
+        dies = config.dies_per_npu(role)
+        for index, npu_id in enumerate(place.npu_ids):
+            ranks = tuple(
+                RankPlan(
+                    checkpoint=str(checkpoint),
+                    config=config.shape,
+                    layout=layout,
+                    num_blocks=config.instances[role].num_blocks,
+                    block_size=config.cache.block_size,
+                )
+                for layout in layouts[index * dies : (index + 1) * dies]
+            )
+            npus.append(NpuPlan(npu_id=npu_id, ranks=ranks))
+        size = config.hardware.npus_per_node if config.ray.pack == "node" else 1
+        plans[place.instance_id] = [
+            NpuWorkerPlan(
+                worker_id=f"{place.instance_id}-npu-{npus[first].npu_id}",
+                npus=tuple(npus[first : first + size]),
+                spec=config.hardware.npu,
+                reserved_bytes=die_plan(config, role).ledger,
+            )
+            for first in range(0, len(npus), size)
+        ]
+    return plans
+
+
+def host_plans(config: RunConfig) -> list[HostPlan]:
+    """Workers of the pool's hosts."""
+    if not (config.kv_pool.enabled and config.disaggregated):
+        return []
+    return [
+        HostPlan(
+            worker_id=f"host-{host_id}",
+            host_id=host_id,
+            dram_bytes=config.kv_pool.dram_bytes_per_host,
+            block_bytes=block_bytes(config),
+        )
+        for host_id in range(config.kv_pool.hosts)
+    ]
+
+
+def exchange_window_bytes(config: RunConfig, layout: RankLayout) -> int:
+    """Most bytes that one live rank sends another in one collective: what its static windows have to hold."""
+    shape = config.shape
+    dispatch = layout.max_rows_per_peer(shape) * (4 * shape.hidden_size + 16)  # float32 payload, or less; slot and scale
+    if layout.attention == "data_parallel":
+        return dispatch
+    latents = (shape.q_lora_rank or shape.hidden_size) + shape.latent_dim
+    heads = shape.num_attention_heads // layout.world_size * shape.v_head_dim
+    return max(dispatch, layout.max_local_tokens * 4 * max(latents, heads))
+
+
+def rank_layouts(config: RunConfig, role: Role) -> Sequence[RankLayout]:
+    """The layouts of one instance's ranks, experts placed for a uniform load."""
+    section, shape = config.instances[role], config.shape
+    dispatched = section.shared_expert == "dispatched"
+    placement = uniform_placement(
+        shape,
+        world_size=config.world_size(role),
+        num_redundant=section.num_redundant_experts,
+        num_shared=section.num_shared_expert_copies if dispatched else 0,
+    )
+    return make_layouts(
+        shape,
+        world_size=config.world_size(role),
+        attention="sequence_tensor" if role == "prefill" else "data_parallel",
+        physical_to_logical=placement,
+        shared_expert=section.shared_expert,
+        dispatch_dtype=config.model.dispatch_dtype,
+        max_num_tokens=section.max_num_batched_tokens,
+    )

@@ -1,0 +1,166 @@
+"""Message channels between the control plane and device processes, and among device processes.
+
+Owns: request/reply messages over one socket, in order; the asynchronous client of the control plane, the blocking
+client of a device, and the server side in a device process.
+Must not know: what the messages mean, Ray, tensors.
+
+Why not a Ray call: measured on two cores, a Ray call costs 1.1 ms and 0.6 ms of the caller's CPU, a fan-out to four
+actors 3 ms; a message of 4 KB and its reply over a Unix socket cost about a tenth. Engine steps go this way, and so do
+cache blocks, device to device; Ray creates, places and watches the processes. Source of the wire format and of the
+authentication: the standard library's multiprocessing.connection.
+"""
+
+import asyncio
+import pickle
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Client, Connection, Listener
+from typing import Any
+
+from serving.errors import EngineFailure
+
+Address = str | tuple[str, int]  # path of a Unix socket, or host and port
+PROTOCOL = pickle.HIGHEST_PROTOCOL
+
+
+def connect(address: Address, authkey: bytes) -> Connection:
+    """Open a connection to a `ChannelServer`. Raises OSError when nobody listens."""
+    connection = Client(address, authkey=authkey)
+    _no_delay(connection, address)
+    return connection
+
+
+def call(connection: Connection, method: str, *args: Any) -> Any:
+    """Send one request and wait for its reply. Raises EngineFailure with the remote error."""
+    try:
+        connection.send_bytes(pickle.dumps((method, args), PROTOCOL))
+        return _unwrap(connection.recv_bytes(), method)
+    except (EOFError, OSError) as error:
+        raise EngineFailure(f"{method}: the peer's process is gone ({error or type(error).__name__})") from error
+
+
+class AsyncChannel:
+    """The control plane's end: many requests in flight, replies in the order of the requests.
+
+    Bound to the running event loop. `call` sends at once, so requests of one channel reach the device in the order of
+    the calls, whether or not the caller awaits the reply.
+    """
+
+    def __init__(self, address: Address, authkey: bytes) -> None:
+        self._connection = connect(address, authkey)
+        self._loop = asyncio.get_running_loop()
+        self._pending: deque[tuple[str, asyncio.Future[Any]]] = deque()
+        self._loop.add_reader(self._connection.fileno(), self._on_reply)
+
+    @property
+    def num_pending(self) -> int:
+        """Requests without a reply yet."""
+        return len(self._pending)
+
+    def call(self, method: str, *args: Any) -> "asyncio.Future[Any]":
+        """Send a request; the future ends with its reply, or with EngineFailure."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+        if self._connection.closed:
+            future.set_exception(EngineFailure(f"{method}: the channel is closed"))
+            return future
+        self._pending.append((method, future))
+        try:
+            self._connection.send_bytes(pickle.dumps((method, args), PROTOCOL))
+        except OSError as error:
+            self._fail(error)
+        return future
+
+    def close(self) -> None:
+        """Close the channel; requests without a reply end with EngineFailure. Closing twice is harmless."""
+        if not self._connection.closed:
+            self._loop.remove_reader(self._connection.fileno())
+            self._connection.close()
+        while self._pending:
+            method, future = self._pending.popleft()
+            if not future.done():
+                future.set_exception(EngineFailure(f"{method}: the channel was closed before the reply"))
+                future.exception()  # nobody may be waiting any more; that is no fault
+
+    def _on_reply(self) -> None:
+        try:
+            while self._connection.poll():
+                message = self._connection.recv_bytes()
+                method, future = self._pending.popleft()
+                if future.done():  # the caller was canceled
+                    continue
+                try:
+                    future.set_result(_unwrap(message, method))
+                except EngineFailure as error:
+                    future.set_exception(error)
+        except (EOFError, OSError) as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        pending, self._pending = self._pending, deque()
+        self.close()
+        for method, future in pending:
+            if not future.done():
+                future.set_exception(EngineFailure(f"{method}: the device's process is gone ({error or 'end of stream'})"))
+
+
+class ChannelServer:
+    """The device's end: serves methods to any number of connections, one thread each, in order per connection."""
+
+    def __init__(self, address: Address, authkey: bytes, methods: Mapping[str, Callable[..., Any]]) -> None:
+        self._listener = Listener(address, authkey=authkey, backlog=64)
+        self._methods = dict(methods)
+        self._connections: list[Connection] = []
+        threading.Thread(target=self._accept, name="channel-accept", daemon=True).start()
+
+    @property
+    def address(self) -> Address:
+        """Where clients connect; for a TCP server with the port that was chosen."""
+        return self._listener.address
+
+    def close(self) -> None:
+        """Stop listening and drop every connection."""
+        self._listener.close()
+        for connection in self._connections:
+            connection.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection = self._listener.accept()
+            except Exception as error:  # noqa: BLE001 - a stranger's failed handshake must not end the server
+                if isinstance(error, OSError) and self._listener._listener is None:  # type: ignore[attr-defined]
+                    return  # closed
+                continue
+            _no_delay(connection, self._listener.address)
+            self._connections.append(connection)
+            threading.Thread(target=self._serve, args=(connection,), name="channel", daemon=True).start()
+
+    def _serve(self, connection: Connection) -> None:
+        while True:
+            try:
+                method, args = pickle.loads(connection.recv_bytes())
+            except (EOFError, OSError):
+                return
+            try:
+                reply = (True, self._methods[method](*args))
+            except Exception as error:  # noqa: BLE001 - the task boundary: the caller hears it
+                reply = (False, f"{type(error).__name__}: {error}")
+            try:
+                connection.send_bytes(pickle.dumps(reply, PROTOCOL))
+            except OSError:
+                return
+
+
+def _unwrap(message: bytes, method: str) -> Any:
+    ok, value = pickle.loads(message)
+    if not ok:
+        raise EngineFailure(f"{method}: {value}")
+    return value
+
+
+def _no_delay(connection: Connection, address: Address) -> None:
+    if isinstance(address, tuple):  # a message is a header and a body: Nagle would hold the body back
+        with socket.socket(fileno=socket.dup(connection.fileno())) as duplicate:
+            duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

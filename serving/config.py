@@ -1,0 +1,276 @@
+"""Configuration of a run: frozen, validated sections and the checks that cross them.
+
+Owns: the names and ranges of every configuration key, and what no single section can check (experts divide by the
+ranks, contexts fit, roles have instances).
+Must not know: YAML (serving/config_file.py), Ray, clocks, tensors. Nothing changes after loading; derived values are
+properties.
+"""
+
+from functools import cached_property
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from devices.spec import SupernodeSpec
+from model.config import ModelConfig
+from serving.errors import ConfigError
+
+Role = Literal["prefill", "decode", "colocated"]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(Section):
+    """What is computed: the shape of the live model and where its weights come from."""
+
+    config: str
+    checkpoint: str = "random"  # "random", or a directory in the hub's layout
+    served_model_name: str = "mini-r1"
+    max_model_len: PositiveInt = 1024
+    dispatch_dtype: Literal["float32", "int8"] = "float32"
+
+
+class RepresentedInstance(Section):
+    """A full-size instance. One live rank stands for, and is charged as, one of its `ep` dies."""
+
+    ep: PositiveInt
+    num_redundant_experts: NonNegativeInt = 0
+    num_shared_expert_copies: NonNegativeInt = 0  # 0: every die has the shared expert
+
+
+class TimingSection(Section):
+    """What is charged: model shape, hardware, and per role the full-size instance that a live one stands for.
+
+    A role that represents nothing is charged at its live size.
+    """
+
+    model: str
+    hardware: str
+    represents: dict[Role, RepresentedInstance] = {}
+    microbatch: bool = True
+
+
+class ClockSection(Section):
+    """`scale`: wall seconds per simulated second when serving; 0 runs as fast as real compute allows."""
+
+    scale: NonNegativeFloat = 1.0
+
+
+class CacheSection(Section):
+    """Paged latent cache; one size of block everywhere, in HBM and in the pool."""
+
+    block_size: PositiveInt = 16
+
+
+class InstanceSection(Section):
+    """A role's instances: `count` groups of `npus` NPUs, each group one expert-parallel world."""
+
+    count: PositiveInt = 1
+    npus: PositiveInt
+    dies_per_npu: Annotated[int, Field(ge=1, le=2)] | None = None  # None: the hardware's number
+    num_redundant_experts: NonNegativeInt = 0
+    shared_expert: Literal["local", "dispatched"] = "local"
+    num_shared_expert_copies: PositiveInt = 1  # used with shared_expert: dispatched
+    num_blocks: PositiveInt  # per data-parallel rank; a prefill instance has one, replicated on its dies
+    max_num_batched_tokens: PositiveInt = 1024  # per data-parallel rank
+    max_num_seqs: PositiveInt = 64  # per data-parallel rank
+    prefix_caching: bool = False
+
+
+class PoolSection(Section):
+    """Shared KV-cache pool in the hosts' DRAM."""
+
+    enabled: bool = True
+    hosts: PositiveInt = 2
+    dram_bytes_per_host: PositiveInt = 64 * 2**30
+    lease_s: PositiveFloat = 10.0  # Mooncake Store's default read lease
+
+
+class RouterSection(Section):
+    """Placement of requests on instances and ranks."""
+
+    policy: Literal["least_loaded", "round_robin", "power_of_two", "prefix_affinity"] = "least_loaded"
+
+
+class SchedulerSection(Section):
+    """Order of waiting requests."""
+
+    policy: Literal["fcfs", "priority"] = "fcfs"
+    max_queued_requests: NonNegativeInt = 256  # beyond it a request is refused with 429
+
+
+class ServerSection(Section):
+    """Where the OpenAI-compatible endpoint listens."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    api_key: str | None = None
+
+
+class RaySection(Section):
+    """How devices become actors."""
+
+    pack: Literal["npu", "node"] = "npu"
+    startup_timeout_s: PositiveFloat = 120.0
+    exchange: Literal["auto", "shared_memory", "gloo"] = "auto"
+    exchange_timeout_s: PositiveFloat = 60.0
+
+
+class WorkloadSection(Section):
+    """The workload of `run`, `simulate` and `replay`: synthetic prompts, some with shared prefixes."""
+
+    num_requests: PositiveInt = 48
+    request_rate: PositiveFloat | Literal["inf"] = 4.0
+    burstiness: PositiveFloat = 1.0
+    max_concurrency: PositiveInt | None = None
+    input_len: PositiveInt = 128
+    output_len: PositiveInt = 32
+    range_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    num_prefixes: NonNegativeInt = 4
+    prefix_len: NonNegativeInt = 64
+
+    @model_validator(mode="after")
+    def _check_prefix(self) -> "WorkloadSection":
+        if self.num_prefixes and self.prefix_len >= self.input_len:
+            raise ValueError(f"workload.prefix_len: {self.prefix_len} must be below input_len {self.input_len}")
+        return self
+
+
+class RunConfig(Section):
+    """Everything about a run. Built by `serving.config_file.load_config`."""
+
+    model: ModelSection
+    timing: TimingSection
+    clock: ClockSection = ClockSection()
+    cache: CacheSection = CacheSection()
+    instances: dict[Role, InstanceSection]
+    kv_pool: PoolSection = PoolSection()
+    router: RouterSection = RouterSection()
+    scheduler: SchedulerSection = SchedulerSection()
+    server: ServerSection = ServerSection()
+    ray: RaySection = RaySection()
+    workload: WorkloadSection = WorkloadSection()
+    seed: NonNegativeInt = 0
+
+    _parts: "Parts" = PrivateAttr()
+
+    @property
+    def shape(self) -> ModelConfig:
+        """Shape of the live model."""
+        return self._parts.shape
+
+    @property
+    def charged_shape(self) -> ModelConfig:
+        """Shape whose time and memory are charged."""
+        return self._parts.charged_shape
+
+    @property
+    def hardware(self) -> SupernodeSpec:
+        """The machine whose time and memory are charged."""
+        return self._parts.hardware
+
+    @property
+    def disaggregated(self) -> bool:
+        """Whether prefill and decode run on different instances."""
+        return "colocated" not in self.instances
+
+    def dies_per_npu(self, role: Role) -> int:
+        """Dies, that is ranks, of one NPU of `role`."""
+        return self.instances[role].dies_per_npu or self.hardware.npu.num_dies
+
+    def world_size(self, role: Role) -> int:
+        """Ranks of one instance of `role`."""
+        return self.instances[role].npus * self.dies_per_npu(role)
+
+    def num_scheduling_ranks(self, role: Role) -> int:
+        """Ranks with a KV space of their own: all, but for prefill, whose dies all hold the same latent KV."""
+        return 1 if role == "prefill" else self.world_size(role)
+
+    def num_physical_experts(self, role: Role) -> int:
+        """Expert slots of one instance, over all its ranks."""
+        section = self.instances[role]
+        shared = section.num_shared_expert_copies if section.shared_expert == "dispatched" else 0
+        return self.shape.n_routed_experts + section.num_redundant_experts + shared
+
+    def charged_instance(self, role: Role) -> RepresentedInstance:
+        """The instance of the charged model for which one of `role` stands."""
+        section = self.instances[role]
+        copies = section.num_shared_expert_copies if section.shared_expert == "dispatched" else 0
+        return self.timing.represents.get(role) or RepresentedInstance(
+            ep=self.world_size(role),
+            num_redundant_experts=section.num_redundant_experts,
+            num_shared_expert_copies=copies,
+        )
+
+    @cached_property
+    def total_npus(self) -> int:
+        """NPUs of all instances together."""
+        return sum(section.count * section.npus for section in self.instances.values())
+
+    def attach(self, parts: "Parts") -> "RunConfig":
+        """Join the included parts and run the checks that need them; called once, by the loader."""
+        self._parts = parts
+        self._check_parts()
+        return self
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> "RunConfig":
+        if set(self.instances) not in ({"prefill", "decode"}, {"colocated"}):
+            roles = ", ".join(sorted(self.instances)) or "none"
+            raise ValueError(f"instances: roles are {roles}; needs prefill and decode, or colocated alone")
+        for role, section in self.instances.items():
+            if section.max_num_seqs > section.max_num_batched_tokens:
+                raise ValueError(
+                    f"instances.{role}.max_num_seqs: {section.max_num_seqs} exceeds "
+                    f"max_num_batched_tokens {section.max_num_batched_tokens}"
+                )
+            capacity = section.num_blocks * self.cache.block_size
+            if capacity < self.model.max_model_len:
+                raise ValueError(
+                    f"instances.{role}.num_blocks: {section.num_blocks} blocks of {self.cache.block_size} tokens hold "
+                    f"{capacity}, less than model.max_model_len {self.model.max_model_len}"
+                )
+        return self
+
+    def _check_parts(self) -> None:
+        if self.model.max_model_len > self.shape.max_position_embeddings:
+            raise ConfigError(
+                f"model.max_model_len: {self.model.max_model_len} exceeds max_position_embeddings "
+                f"{self.shape.max_position_embeddings} of {self.model.config}"
+            )
+        for role, section in self.instances.items():
+            world, heads, slots = self.world_size(role), self.shape.num_attention_heads, self.num_physical_experts(role)
+            if section.shared_expert == "dispatched" and not self.shape.n_shared_experts:
+                raise ConfigError(f"instances.{role}.shared_expert: dispatched, but the model has no shared expert")
+            if slots % world:
+                raise ConfigError(
+                    f"instances.{role}.num_redundant_experts: {section.num_redundant_experts} makes {slots} physical "
+                    f"experts, which do not divide by {world} ranks"
+                )
+            if role == "prefill" and heads % world:
+                raise ConfigError(f"instances.prefill.npus: {heads} attention heads do not divide by {world} ranks")
+        total = self.workload.input_len + self.workload.output_len
+        widest = int(total * (1 + self.workload.range_ratio))
+        if widest > self.model.max_model_len:
+            raise ConfigError(
+                f"workload: prompts and outputs of up to {widest} tokens exceed "
+                f"model.max_model_len {self.model.max_model_len}"
+            )
+
+
+class Parts(BaseModel):
+    """The included parts, loaded."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    shape: ModelConfig
+    charged_shape: ModelConfig
+    hardware: SupernodeSpec

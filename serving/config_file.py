@@ -1,0 +1,134 @@
+"""Reading configurations: YAML files, presets, included parts and `--set a.b=c` overrides.
+
+Owns: where configurations come from and how their mistakes are told (file, key, value, limit).
+Must not know: what the keys mean (serving/config.py).
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from devices.spec import SupernodeSpec
+from model.config import ModelConfig
+from serving.config import Parts, RunConfig
+from serving.errors import ConfigError
+
+PARTS = (("model", "config"), ("model", "checkpoint"), ("timing", "model"), ("timing", "hardware"))
+
+
+def presets() -> list[str]:
+    """Names of the shipped runs."""
+    files = (file.name for file in resources.files("configs").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
+
+
+def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Load a preset (`laptop`) or a YAML file, apply `a.b=c` overrides, validate.
+
+    Included parts are looked up relative to the file, then among the shipped ones.
+    Raises ConfigError naming the file, the key, the value and the limit.
+    """
+    try:
+        data = _read_yaml(_run_text(name_or_path))
+        for override in overrides:
+            _apply_override(data, override)
+        if name_or_path.endswith((".yaml", ".yml")):
+            _resolve_parts(data, Path(name_or_path).parent)
+        config = RunConfig.model_validate(data)
+        return config.attach(
+            Parts(
+                shape=ModelConfig.from_dict(load_part(config.model.config)),
+                charged_shape=ModelConfig.from_dict(load_part(config.timing.model)),
+                hardware=SupernodeSpec.from_dict(load_part(config.timing.hardware)),
+            )
+        )
+    except ValidationError as error:
+        raise ConfigError(f"{name_or_path}: " + "; ".join(_describe(e) for e in error.errors())) from None
+    except ValueError as error:  # ConfigError, and the range checks of the parts
+        raise ConfigError(f"{name_or_path}: {error}") from None
+
+
+def load_part(path: str) -> dict[str, Any]:
+    """Load an included part: a file, or a shipped one such as `model/mini-r1.yaml`. Raises ConfigError."""
+    file = Path(path)
+    if file.is_file():
+        return _read_yaml(file.read_text(encoding="utf-8"))
+    shipped = resources.files("configs").joinpath(path)
+    if not shipped.is_file():
+        raise ConfigError(f"no part {path!r}: neither a file nor shipped")
+    return _read_yaml(shipped.read_text(encoding="utf-8"))
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice; YAML itself lets the last one win."""
+
+
+def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    mapping: dict[Hashable, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if key in mapping:
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: duplicate key {key!r}")
+        mapping[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+    return mapping
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+
+
+def _run_text(name_or_path: str) -> str:
+    if name_or_path.endswith((".yaml", ".yml")):
+        try:
+            return Path(name_or_path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(str(error.strerror)) from None
+    if name_or_path not in presets():
+        raise ConfigError(f"no such preset; there are {', '.join(presets())}; a file must end in .yaml")
+    return resources.files("configs").joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
+
+
+def _read_yaml(text: str) -> dict[str, Any]:
+    try:
+        data = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"must hold a mapping, not {type(data).__name__}")
+    return data
+
+
+def _resolve_parts(data: dict[str, Any], folder: Path) -> None:
+    for section, key in PARTS:
+        part = data.get(section)
+        if isinstance(part, dict) and isinstance(part.get(key), str) and (folder / part[key]).exists():
+            part[key] = str((folder / part[key]).resolve())
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r}: expected a.b=value")
+    *parents, last = key.split(".")
+    target: Any = data
+    for part in parents:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {override!r}: {part!r} is not a section")
+    try:
+        target[last] = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override!r}: {text!r} is not a YAML value") from None
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"] if part != "[key]")
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    message = f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return message if isinstance(error["input"], dict) else f"{message}, got {error['input']!r}"

@@ -1,0 +1,296 @@
+"""The step loop of one instance: schedule, charge, run, account.
+
+Owns: when steps happen, what they are charged, and who waits for a request's run on this instance.
+Must not know: routing, the pool's contents, HTTP; whether its shard makes tensors or only counts.
+
+One await per step. A step takes its charged time on the clock; the shard's real work, if any, runs meanwhile and is
+awaited at the step's end with time standing still. Blocks never move inside the loop: a request whose blocks are on
+their way is in the scheduler but not ready.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+
+from devices.clock import Clock
+from devices.pipeline import StepTime
+from serving.core.batch_scheduler import BatchScheduler
+from serving.core.event_log import EventLog
+from serving.core.ids import BlockIds, InstanceId, RequestId
+from serving.core.request import Request
+from serving.core.scheduled_batch import Load, ScheduledBatch
+from serving.errors import EngineFailure
+from serving.messages import TokenLogprobs
+from serving.shard import Sampled, Shard
+
+
+class RunEnd(Enum):
+    """How a request's run on one instance ended."""
+
+    STOP = "stop"  # end-of-sequence or a stop token
+    LENGTH = "length"  # the token limit of this run
+    PREEMPTED = "preempted"  # its blocks were taken; its tokens are to be computed again elsewhere
+
+
+class TokenSink(Protocol):
+    """Who hears of a request's tokens."""
+
+    def __call__(self, request: Request, token_ids: tuple[int, ...], logprobs: TokenLogprobs | None) -> None:
+        """One new token; `token_ids` is empty where a timing shard made it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One engine step, for metrics and traces."""
+
+    instance_id: InstanceId
+    start_ns: int
+    end_ns: int
+    time: StepTime
+    num_seqs: int
+    num_tokens: int
+    num_sampled: int
+
+
+@dataclass(slots=True)
+class _Run:
+    """A request while it is on this instance."""
+
+    request: Request
+    sink: TokenSink
+    load: Callable[[Load], None] | None
+    done: "asyncio.Future[RunEnd]"
+
+
+class Engine:
+    """One instance. `run` is its task; everything else is called from the same event loop."""
+
+    def __init__(
+        self,
+        *,
+        instance_id: InstanceId,
+        scheduler: BatchScheduler,
+        shard: Shard,
+        charge: Callable[[ScheduledBatch], StepTime],
+        stops: Callable[[Request, int], bool],
+        clock: Clock,
+        log: EventLog,
+        on_step: Callable[[StepRecord], None],
+        on_capacity: Callable[[], None],
+    ) -> None:
+        """`charge(batch)` is the time of a step; `stops(request, token_id)` whether a new token ends the request.
+
+        `on_capacity` is called when blocks or slots came free.
+        """
+        self.instance_id = instance_id
+        self.scheduler = scheduler
+        self._shard = shard
+        self._charge = charge
+        self._stops = stops
+        self._clock = clock
+        self._log = log
+        self._on_step = on_step
+        self._on_capacity = on_capacity
+        self._runs: dict[RequestId, _Run] = {}
+        self._known: set[RequestId] = set()  # to the scheduler
+        self._wake = asyncio.Event()
+        self._failure: EngineFailure | None = None
+        self.busy_ns = 0
+        self.num_steps = 0
+
+    @property
+    def failure(self) -> EngineFailure | None:
+        """Why the instance is lost, or None while it serves."""
+        return self._failure
+
+    @property
+    def num_runs(self) -> int:
+        """Requests that wait for this instance."""
+        return len(self._runs)
+
+    def add(
+        self,
+        request: Request,
+        *,
+        rank: int,
+        sink: TokenSink,
+        limit: int,
+        order: int,
+        find_external: Callable[[], int] | None = None,
+        load: Callable[[Load], None] | None = None,
+    ) -> "asyncio.Future[RunEnd]":
+        """Queue a request for its prefill here; the future ends when `limit` tokens are known, or before.
+
+        `find_external` tells how many of its tokens the pool holds; if it is admitted with some of them, `load` is
+        called and has to be answered by `activate`. Its blocks are held until `release`. Raises UnfitRequest.
+        """
+        future = self._register(request, sink, load)
+        try:
+            self.scheduler.add(
+                request_id=request.request_id,
+                rank=rank,
+                num_tokens=request.num_tokens,
+                total_limit=limit,
+                priority=request.priority,
+                order=order,
+                block_hashes=request.block_hashes,
+                num_external_tokens=find_external or 0,
+            )
+        except ValueError:
+            del self._runs[request.request_id]
+            raise
+        self._known.add(request.request_id)
+        return future
+
+    def reserve(self, request: Request, *, rank: int, order: int) -> BlockIds:
+        """Take a slot, and blocks for the known tokens, for a cache that will come from elsewhere.
+
+        Held until `release`. Raises OutOfBlocks, NoSlot, UnfitRequest.
+        """
+        block_ids = self.scheduler.reserve(
+            request_id=request.request_id,
+            rank=rank,
+            num_tokens=request.num_tokens,
+            total_limit=request.num_tokens_limit,
+            priority=request.priority,
+            order=order,
+        )
+        self._known.add(request.request_id)
+        return block_ids
+
+    def resume(self, request: Request, *, sink: TokenSink) -> "asyncio.Future[RunEnd]":
+        """Run a reserved request, whose cache has arrived for all its tokens but the last."""
+        future = self._register(request, sink, None)
+        self._activate(request, request.num_tokens - 1)
+        return future
+
+    def activate(self, request: Request, *, num_cached_tokens: int) -> None:
+        """Answer to `load`: run the request, of which so many tokens are in the cache by now."""
+        request.start_prefill(self._clock.now_ns(), num_cached_tokens=num_cached_tokens)
+        self._activate(request, num_cached_tokens)
+
+    def release(self, request_id: RequestId) -> None:
+        """Give back what the request holds here, at whatever stage; nothing happens if it holds nothing.
+
+        Transfers into its blocks must be over.
+        """
+        run = self._runs.pop(request_id, None)
+        if run is not None:
+            run.done.cancel()
+        if request_id in self._known:
+            self._known.remove(request_id)
+            if self.scheduler.abort(request_id):
+                self._notify_capacity()
+
+    async def run(self) -> None:
+        """Step for ever; when a device is lost, fail every run and end."""
+        try:
+            while True:
+                batch = self.scheduler.schedule()
+                if batch is not None:
+                    self._apply_decisions(batch)
+                if batch is not None and batch.num_rows:
+                    await self._step(batch)
+                elif batch is None:
+                    self._wake.clear()
+                    await self._wake.wait()
+        except EngineFailure as failure:
+            self._failure = EngineFailure(f"instance {self.instance_id}: {failure}")
+            runs, self._runs = self._runs, {}
+            for run in runs.values():
+                run.done.set_exception(self._failure)
+
+    def _register(
+        self, request: Request, sink: TokenSink, load: Callable[[Load], None] | None
+    ) -> "asyncio.Future[RunEnd]":
+        if self._failure is not None:
+            raise self._failure
+        future: asyncio.Future[RunEnd] = asyncio.get_running_loop().create_future()
+        self._runs[request.request_id] = _Run(request, sink, load, future)
+        self._wake.set()
+        return future
+
+    def _activate(self, request: Request, num_computed_tokens: int) -> None:
+        self.scheduler.activate(
+            request_id=request.request_id, num_computed_tokens=num_computed_tokens, num_tokens=request.num_tokens
+        )
+        self._wake.set()
+
+    def _notify_capacity(self) -> None:
+        self._wake.set()
+        self._on_capacity()
+
+    def _apply_decisions(self, batch: ScheduledBatch) -> None:
+        now_ns = self._clock.now_ns()
+        for preempted in batch.preempted:
+            self._log.append(now_ns, "preempt", preempted.request_id, instance=self.instance_id, rank=preempted.rank)
+            self._runs[preempted.request_id].request.preempt(now_ns)
+            if not self.scheduler.requeues_preempted:
+                self._known.remove(preempted.request_id)
+                self._runs.pop(preempted.request_id).done.set_result(RunEnd.PREEMPTED)
+        loads = {load.request_id: load for load in batch.loads}
+        for admitted in batch.admitted:
+            run = self._runs[admitted.request_id]
+            cached = admitted.num_cached_tokens
+            self._log.append(now_ns, "admit", admitted.request_id, instance=self.instance_id, rank=admitted.rank, cached=cached)
+            load = loads.get(admitted.request_id)
+            if load is None:
+                run.request.start_prefill(now_ns, num_cached_tokens=cached)
+            else:
+                assert run.load is not None, "a load was scheduled that nobody announced"
+                run.load(load)
+
+    async def _step(self, batch: ScheduledBatch) -> None:
+        requests = [self._runs[request_id].request for request_id in batch.request_ids]
+        start_ns = self._clock.now_ns()
+        time = self._charge(batch)
+        pending = self._shard.step(batch, requests, charged_ns=time.ns)
+        self._log.append(
+            start_ns, "step", self.instance_id, rows=batch.num_rows, tokens=batch.num_tokens, charged_ns=time.ns
+        )
+        await self._clock.sleep_until(start_ns + time.ns)
+        self._account(batch, await self._clock.external(pending))
+        self.busy_ns += time.ns
+        self.num_steps += 1
+        self._on_step(
+            StepRecord(
+                instance_id=self.instance_id,
+                start_ns=start_ns,
+                end_ns=start_ns + time.ns,
+                time=time,
+                num_seqs=batch.num_rows,
+                num_tokens=batch.num_tokens,
+                num_sampled=int(batch.samples.sum()),
+            )
+        )
+
+    def _account(self, batch: ScheduledBatch, sampled: Sampled) -> None:
+        now_ns = self._clock.now_ns()
+        token_of_row: dict[int, int] = {}  # row -> index into `sampled`
+        stop_mask = None
+        if sampled.token_ids is not None:
+            stop_mask = np.zeros(batch.num_rows, np.bool_)
+            for index, row in enumerate(np.flatnonzero(batch.samples).tolist()):
+                token_of_row[row] = index
+                run = self._runs.get(batch.request_ids[row])  # None: released during the step
+                stop_mask[row] = run is not None and self._stops(run.request, int(sampled.token_ids[index]))
+        result = self.scheduler.update(batch, stop_mask)
+        for row in result.sampled_rows.tolist():
+            run = self._runs[batch.request_ids[row]]
+            token_ids: tuple[int, ...] = ()
+            logprobs = None
+            if sampled.token_ids is not None:
+                index = token_of_row[row]
+                token_ids = (int(sampled.token_ids[index]),)
+                logprobs = None if sampled.logprobs is None else sampled.logprobs[index]
+            run.request.record_tokens(1, now_ns, token_ids=token_ids)
+            run.sink(run.request, token_ids, logprobs)
+        for request_id, stopped in zip(result.finished, result.stopped.tolist(), strict=True):
+            self._log.append(now_ns, "done", request_id, instance=self.instance_id, stopped=int(stopped))
+            self._runs.pop(request_id).done.set_result(RunEnd.STOP if stopped else RunEnd.LENGTH)
+        if result.aborted:
+            self._notify_capacity()

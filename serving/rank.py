@@ -1,0 +1,41 @@
+"""One rank of the live model: its slice of the weights, its latent cache, its forward.
+
+Owns: the tensors of one die. The only module of `serving` that needs torch.
+Must not know: other ranks but through the collectives that its forward yields; requests; processes.
+"""
+
+from collections.abc import Generator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.collectives import Collective, Reply
+from model.latent_cache import LatentCache
+from model.step import StepInput, StepOutput
+from model.transformer import Transformer
+from model.weights import load_rank_weights
+from serving.worker import RankPlan
+
+
+class ModelRank:
+    """A `Transformer` with its weights loaded and its cache allocated."""
+
+    def __init__(self, plan: RankPlan) -> None:
+        # One thread per rank: ranks are many and the cores few, and OpenMP teams that share a core stall each other.
+        torch.set_num_threads(1)
+        weights = load_rank_weights(plan.checkpoint, plan.config, plan.layout)
+        self._cache = LatentCache(plan.config, num_blocks=plan.num_blocks, block_size=plan.block_size)
+        self._transformer = Transformer(plan.config, plan.layout, weights, self._cache)
+
+    def step(self, step: StepInput) -> Generator[Collective, Reply, StepOutput]:
+        """One forward, as the generator that the collectives' driver advances."""
+        return self._transformer.forward(step)
+
+    def read_blocks(self, block_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Latent KV of blocks, (num_layers, num_blocks, block_size, kv_lora_rank + qk_rope_head_dim)."""
+        return self._cache.read_blocks(block_ids)
+
+    def write_blocks(self, block_ids: NDArray[np.int32], latents: NDArray[np.float32]) -> None:
+        """Overwrite blocks with latent KV of the shape that `read_blocks` gives."""
+        self._cache.write_blocks(block_ids, latents)

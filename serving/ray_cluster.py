@@ -1,0 +1,170 @@
+"""Ray: the local cluster that a launch starts or the running one that it joins, and the actors that stand for devices.
+
+Owns: `ray.init`, placement groups, the wrapping of workers (serving/worker.py) as actors, their end.
+Must not know: requests, schedules, simulated time. The only module that imports ray; actors have no logic of their own.
+
+Engine steps and cache blocks do not go through Ray (serving/channel.py says why): an actor is created here, tells where
+it listens, and is ended here.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serving.channel import Address
+from serving.errors import ConfigError, EngineFailure
+from serving.session import Session
+from serving.worker import HostPlan, HostWorker, NpuWorker, NpuWorkerPlan
+
+# Before ray is imported: it reads its environment once.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # Ray 2.60 switches tokens on by itself after a first start
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # our NPUs are no accelerators that Ray may hide
+
+import ray  # noqa: E402
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table  # noqa: E402
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402
+
+NPU, HOST = "NPU", "CPU_HOST"  # names of the custom resources that stand for devices
+OBJECT_STORE_BYTES = 80 * 1024 * 1024  # little more than Ray's minimum: no tensor passes through it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """A started worker: where its channels listen and on which Ray node it runs."""
+
+    address: Address
+    node_id: str
+
+
+class RayCluster:
+    """The devices of one launch as actors. Blocking calls; a context manager."""
+
+    def __init__(self, session: Session, *, address: str | None, startup_timeout_s: float) -> None:
+        self._session = session
+        self._timeout_s = startup_timeout_s
+        self._actors: dict[str, Any] = {}
+        self._node_of: dict[str, str] = {}
+        self._groups: list[PlacementGroup] = []
+        self._address = address
+
+    def __enter__(self) -> "RayCluster":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self, *, num_npus: int, num_hosts: int) -> None:
+        """Start a private local cluster with so many devices, or join the one at `address`.
+
+        Raises ConfigError when the joined cluster has too few devices.
+        """
+        logging.getLogger("ray._private.accelerators.npu").setLevel(logging.CRITICAL)  # looks for a real Ascend
+        common: dict[str, Any] = {
+            "namespace": f"supernode-{self._session.session_id}",
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
+        if self._address is not None:
+            try:
+                ray.init(address=self._address, **common)
+            except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+                raise ConfigError(f"--address: no Ray cluster at {self._address!r}: {error}") from error
+            self._check_resources({NPU: num_npus, HOST: num_hosts})
+        else:
+            ray.init(
+                num_cpus=1,
+                resources={NPU: num_npus, HOST: max(num_hosts, 1)},
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(self._session.folder / "ray"),
+                **common,
+            )
+
+    def launch(self, npus: Mapping[str, Sequence[NpuWorkerPlan]], hosts: Sequence[HostPlan]) -> dict[str, Placed]:
+        """Create every worker: one gang of NPU workers per instance, packed; hosts spread. Returns them by id.
+
+        Raises EngineFailure when a worker does not start in time.
+        """
+        actor_class = ray.remote(NpuWorker)
+        for plans in npus.values():
+            self._create_group(actor_class, plans, [{NPU: len(plan.npus)} for plan in plans], "PACK")
+        if hosts:
+            self._create_group(ray.remote(HostWorker), hosts, [{HOST: 1} for _ in hosts], "SPREAD")
+        addresses = self.call_all({worker_id: ("address", ()) for worker_id in self._actors})
+        return {
+            worker_id: Placed(address=address, node_id=self._node_of[worker_id]) for worker_id, address in addresses.items()
+        }
+
+    def call_all(self, calls: Mapping[str, tuple[str, tuple[Any, ...]]]) -> dict[str, Any]:
+        """Call a method of several workers at once and wait for all. Raises EngineFailure naming the worker."""
+        refs = {
+            worker_id: getattr(self._actors[worker_id], method).remote(*args)
+            for worker_id, (method, args) in calls.items()
+        }
+        ready, waiting = ray.wait(list(refs.values()), num_returns=len(refs), timeout=self._timeout_s)
+        late = [worker_id for worker_id, ref in refs.items() if ref in waiting]
+        if late:
+            raise EngineFailure(f"workers {', '.join(late)} did not answer within {self._timeout_s} s")
+        results = {}
+        for worker_id, ref in refs.items():
+            try:
+                results[worker_id] = ray.get(ref)
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None) or error
+                raise EngineFailure(f"worker {worker_id}: {type(cause).__name__}: {cause}") from error
+        return results
+
+    def node_ip(self, node_id: str) -> str:
+        """Address of a Ray node."""
+        return next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] == node_id)
+
+    def kill(self, worker_id: str) -> None:
+        """End one worker's process at once, as a device fault would."""
+        ray.kill(self._actors[worker_id], no_restart=True)
+
+    def close(self) -> None:
+        """End every actor; leave the joined cluster, or end the private one. Closing twice is harmless."""
+        if not ray.is_initialized():
+            return
+        for actor in self._actors.values():
+            ray.kill(actor, no_restart=True)
+        self._actors.clear()
+        for group in self._groups:
+            ray.util.remove_placement_group(group)
+        self._groups.clear()
+        ray.shutdown()
+
+    def _check_resources(self, needed: Mapping[str, int]) -> None:
+        available = ray.available_resources()
+        for name, number in needed.items():
+            if number > available.get(name, 0):
+                wanted = "{" + ", ".join(f'"{key}": {value}' for key, value in needed.items()) + "}"
+                raise ConfigError(
+                    f"the Ray cluster has {available.get(name, 0):g} free {name}, {number} are needed; "
+                    f"start it with --resources='{wanted}'"
+                )
+
+    def _create_group(
+        self, actor_class: Any, plans: Sequence[NpuWorkerPlan | HostPlan], bundles: list[dict[str, float]], strategy: str
+    ) -> None:
+        group = placement_group(bundles, strategy=strategy)
+        self._groups.append(group)
+        if not group.wait(self._timeout_s):
+            raise EngineFailure(f"Ray could not place {len(bundles)} workers within {self._timeout_s} s: {bundles}")
+        nodes = placement_group_table(group)["bundles_to_node_id"]
+        here = ray.get_runtime_context().get_node_id()
+        for index, plan in enumerate(plans):
+            node = nodes[index]
+            listen: Address = str(self._session.folder / f"{plan.worker_id}.sock") if node == here else (self.node_ip(node), 0)
+            options = {
+                "num_cpus": 0,
+                "resources": bundles[index],
+                "max_restarts": 0,  # a lost rank has lost its cache: the control plane decides what happens
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+            }
+            actor = actor_class.options(**options).remote(plan, listen=listen, authkey=self._session.authkey)
+            self._actors[plan.worker_id] = actor
+            self._node_of[plan.worker_id] = node

@@ -1,0 +1,123 @@
+"""Devices in Ray actors: started, joined into exchange groups, reached over channels.
+
+Owns: the order of a boot (weights, actors, groups, channels) and of its end.
+Must not know: requests, time, HTTP.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint import write_random_checkpoint
+from serving.build import exchange_window_bytes, host_plans, npu_worker_plans
+from serving.channel import AsyncChannel
+from serving.config import RunConfig
+from serving.core.ids import InstanceId
+from serving.ray_cluster import Placed, RayCluster
+from serving.session import Session
+from serving.shared_memory import WindowGroupSpec
+from serving.transport import WorkerTransport
+from serving.worker import NpuWorkerPlan
+
+
+def checkpoint_directory(config: RunConfig, session: Session) -> Path:
+    """Where the weights are; random ones are written there first."""
+    if config.model.checkpoint != "random":
+        return Path(config.model.checkpoint)
+    directory = session.folder / "checkpoint"
+    write_random_checkpoint(directory, config.shape, config.seed)
+    return directory
+
+
+class RayDevices:
+    """The actors of one launch. `start` and `close` block; `open_transport` is for the event loop."""
+
+    def __init__(self, config: RunConfig, session: Session, *, address: str | None) -> None:
+        self._config = config
+        self._session = session
+        self._ray = RayCluster(session, address=address, startup_timeout_s=config.ray.startup_timeout_s)
+        self._workers: dict[InstanceId, list[NpuWorkerPlan]] = {}
+        self._hosts = host_plans(config)
+        self._placed: dict[str, Placed] = {}
+        self._channels: dict[tuple[str, str], AsyncChannel] = {}
+        self._num_groups = 0
+
+    def __enter__(self) -> "RayDevices":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self, checkpoint: Path) -> None:
+        """Start every actor. Raises ConfigError or EngineFailure; then `close` still has to be called."""
+        self._workers = npu_worker_plans(self._config, checkpoint)
+        self._ray.start(num_npus=self._config.total_npus, num_hosts=len(self._hosts))
+        self._placed = self._ray.launch(self._workers, self._hosts)
+        calls: dict[str, tuple[str, tuple[Any, ...]]] = {}
+        for instance_id, plans in self._workers.items():
+            if len(plans) > 1:
+                spec = self._group_spec(instance_id, plans)
+                calls |= {plan.worker_id: ("open_exchange", (spec, i)) for i, plan in enumerate(plans)}
+        self._num_groups = len(calls)
+        self._ray.call_all(calls)  # all at once: a group opens when its last member has come
+
+    def open_transport(self) -> WorkerTransport:
+        """Connect to every worker, from the running event loop."""
+        for worker_id, placed in self._placed.items():
+            for lane in ("step", "data"):
+                self._channels[worker_id, lane] = AsyncChannel(placed.address, self._session.authkey)
+
+        def invoke(worker_id: str, lane: str, method: str, args: tuple[Any, ...]) -> "asyncio.Future[Any]":
+            return self._channels[worker_id, lane].call(method, *args)
+
+        return WorkerTransport(
+            invoke=invoke,
+            ranks={
+                instance_id: [(plan.worker_id, plan.ranks) for plan in plans]
+                for instance_id, plans in self._workers.items()
+            },
+            hosts=[host.worker_id for host in self._hosts],
+            address_of={worker_id: placed.address for worker_id, placed in self._placed.items()},
+        )
+
+    def close_transport(self) -> None:
+        """Close every channel, from the event loop in which it was opened."""
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()
+
+    def close(self) -> None:
+        """End every actor and, if it is ours, Ray."""
+        self._ray.close()
+
+    def _group_spec(self, instance_id: InstanceId, plans: Sequence[NpuWorkerPlan]) -> Any:
+        """How the workers of one instance exchange: shared memory on one node, gloo between nodes."""
+        config = self._config
+        ranks_by_process = tuple(plan.ranks for plan in plans)
+        world_size = sum(len(ranks) for ranks in ranks_by_process)
+        one_node = len({self._placed[plan.worker_id].node_id for plan in plans}) == 1
+        kind = config.ray.exchange
+        if kind == "shared_memory" or (kind == "auto" and one_node):
+            return WindowGroupSpec(
+                path=str(self._session.windows / instance_id),
+                world_size=world_size,
+                ranks_by_process=ranks_by_process,
+                window_bytes=exchange_window_bytes(config, plans[0].npus[0].ranks[0].layout),
+                timeout_s=config.ray.exchange_timeout_s,
+                epoch=0,
+            )
+        from serving.gloo_exchange import GlooGroupSpec  # torch, which a driver on one node does without
+
+        first = plans[0].worker_id
+        host = self._ray.node_ip(self._placed[first].node_id)
+        port = self._ray.call_all({first: ("start_store", (host,))})[first]
+        return GlooGroupSpec(
+            store_host=host,
+            store_port=port,
+            world_size=world_size,
+            ranks_by_process=ranks_by_process,
+            timeout_s=config.ray.exchange_timeout_s,
+            epoch=0,
+            name=instance_id,
+        )

@@ -1,0 +1,84 @@
+"""The HTTP server: one socket, one event loop that it shares with the control plane, an orderly end.
+
+Owns: binding, the life of uvicorn, what a signal does while serving.
+Must not know: routes (serving/http_api.py), the cluster.
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from serving.errors import ConfigError
+
+SHUTDOWN_TIMEOUT_S = 3
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError if the address cannot be had; done before anything slow is started."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"server.host: {host}: {error.strerror or error}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"server.port: {host}:{port}: {error.strerror or error}") from None
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers of its own: `serve` decides what a signal means."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(
+    app: ASGIApp,
+    listener: socket.socket,
+    *,
+    stop: asyncio.Event,
+    on_ready: Callable[[], None],
+    on_stop: Callable[[], Awaitable[None]],
+) -> None:
+    """Serve until `stop` is set or SIGINT or SIGTERM comes, then await `on_stop`, which ends running requests."""
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            loop="none",
+            ws="none",
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
+        )
+    )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    serving = loop.create_task(server.serve(sockets=[listener]), name="http")
+    try:
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.005)
+        if not serving.done():
+            on_ready()
+        stopped = loop.create_task(stop.wait())
+        await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        await on_stop()
+        server.should_exit = True
+        await serving
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
