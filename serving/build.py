@@ -12,10 +12,11 @@ import numpy as np
 
 from devices.clock import Clock
 from devices.fabric import Endpoint, Fabric
-from devices.rates import DEFAULT_IMBALANCE, ExpertDeployment
-from devices.pipeline import StepTime, StepTimeModel, StepWork
+from devices.pipeline import DEFAULT_IMBALANCE, StepTime, StepTimeModel, StepWork
+from devices.rates import ExpertDeployment
 from model import work
 from model.layout import RankLayout, make_layouts, uniform_placement
+from serving.arrivals import generator_for
 from serving.cluster import Cluster
 from serving.config import Role, RunConfig
 from serving.core.batch_scheduler import BatchScheduler
@@ -68,7 +69,8 @@ def build_cluster(
     dies: dict[InstanceId, list[Endpoint]] = {}
     engines: dict[Role, list[Engine]] = {}
     cluster: Cluster
-    for place in instance_places(config):
+    places = instance_places(config)
+    for place in places:
         role = place.role
         dies[place.instance_id] = [
             fabric.die(npu_id, die) for npu_id in place.npu_ids for die in range(config.dies_per_npu(role))
@@ -98,6 +100,8 @@ def build_cluster(
             Engine(
                 instance_id=place.instance_id,
                 scheduler=scheduler,
+                max_num_seqs=section.max_num_seqs,
+                requeues_preempted=role != "decode",
                 shard=shard,
                 charge=_charge(config, role),
                 stops=_stops(config.shape.eos_token_id),
@@ -112,7 +116,7 @@ def build_cluster(
         hosts = host_endpoints(config, fabric)
         pool = KvPool(
             index=PoolIndex(
-                hosts={host_id: config.kv_pool.dram_bytes_per_host for host_id in range(len(hosts))},
+                hosts=dict.fromkeys(range(len(hosts)), config.kv_pool.dram_bytes_per_host),
                 lease_ns=round(config.kv_pool.lease_s * 1e9),
             ),
             hosts=hosts,
@@ -123,12 +127,19 @@ def build_cluster(
             block_bytes=block_bytes(config),
             block_size=config.cache.block_size,
         )
+    prefilling, decoding = ("prefill", "decode") if config.disaggregated else ("colocated", "colocated")
+    router = Router(
+        prefill=[place.instance_id for place in places if place.role == prefilling],
+        decode={place.instance_id: config.num_scheduling_ranks(decoding) for place in places if place.role == decoding},
+        policy=config.router.policy,
+        rng=generator_for(config.seed, "router"),
+    )
     cluster = Cluster(
         config=config,
         clock=clock,
         log=log,
         engines=engines,
-        router=build_router(config, engines),
+        router=router,
         pool=pool,
         fabric=fabric,
         transport=moves,
@@ -256,7 +267,9 @@ def host_plans(config: RunConfig) -> list[HostPlan]:
 def exchange_window_bytes(config: RunConfig, layout: RankLayout) -> int:
     """Most bytes that one live rank sends another in one collective: what its static windows have to hold."""
     shape = config.shape
-    dispatch = layout.max_rows_per_peer(shape) * (4 * shape.hidden_size + 16)  # float32 payload, or less; slot and scale
+    dispatch = layout.max_rows_per_peer(shape) * (
+        4 * shape.hidden_size + 16
+    )  # float32 payload, or less; slot and scale
     if layout.attention == "data_parallel":
         return dispatch
     latents = (shape.q_lora_rank or shape.hidden_size) + shape.latent_dim

@@ -102,7 +102,9 @@ class AsyncChannel:
         self.close()
         for method, future in pending:
             if not future.done():
-                future.set_exception(EngineFailure(f"{method}: the device's process is gone ({error or 'end of stream'})"))
+                future.set_exception(
+                    EngineFailure(f"{method}: the device's process is gone ({error or 'end of stream'})")
+                )
 
 
 class ChannelServer:
@@ -117,7 +119,8 @@ class ChannelServer:
     @property
     def address(self) -> Address:
         """Where clients connect; for a TCP server with the port that was chosen."""
-        return self._listener.address
+        address: Address = self._listener.address
+        return address
 
     def close(self) -> None:
         """Stop listening and drop every connection."""

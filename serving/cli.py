@@ -1,6 +1,6 @@
 """The command line: few verbs, the configuration first.
 
-Owns: options, what is printed, exit codes (0 good, 1 a request failed, 2 a wrong argument or configuration, 130 Ctrl-C).
+Owns: options, what is printed, exit codes (0 good, 1 a request failed, 2 wrong argument or configuration, 130 Ctrl-C).
 Must not know: how anything is done. Ray and torch are imported by the verbs that need them, so that `check` is quick.
 """
 
@@ -8,11 +8,14 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from serving.errors import ConfigError, ServingError
+
+if TYPE_CHECKING:
+    from serving.report import BenchResult
 
 app = typer.Typer(
     add_completion=False,
@@ -32,8 +35,13 @@ Trace = Annotated[
     Path | None,
     typer.Option("--trace", help="Workload from a trace: Mooncake .jsonl or Azure .csv, or .gz of it.", dir_okay=False),
 ]
-TraceScale = Annotated[int, typer.Option("--trace-divisor", help="Divide the trace's lengths, for a short context.", min=1)]
-Shards = Annotated[str, typer.Option("--shards", help="torch: real tokens in Ray actors; timing: no tensors, no Ray.")]
+TraceScale = Annotated[
+    int, typer.Option("--trace-divisor", help="Divide the trace's lengths, for a short context.", min=1)
+]
+Shards = Annotated[
+    Literal["torch", "timing"],
+    typer.Option("--shards", help="torch: real tokens in Ray actors; timing: no tensors, no Ray."),
+]
 
 
 @app.command()
@@ -60,8 +68,12 @@ def serve(
     from serving.live import serve_forever
 
     settings = list(overrides or ())
-    settings += [f"server.{key}={json.dumps(v)}" for key, v in (("host", host), ("port", port), ("api_key", api_key)) if v is not None]
-    held = serve_forever(load_config(config, settings), shards=_shards(shards), address=address)
+    settings += [
+        f"server.{key}={json.dumps(v)}"
+        for key, v in (("host", host), ("port", port), ("api_key", api_key))
+        if v is not None
+    ]
+    held = serve_forever(load_config(config, settings), shards=shards, address=address)
     if any(held.values()):
         typer.echo(f"still held at the end: {held}", err=True)
         raise typer.Exit(1)
@@ -82,8 +94,7 @@ def run(
     from serving.live import run_once
 
     settings = load_config(config, overrides or ())
-    result = run_once(settings, trace=trace, trace_divisor=trace_divisor, shards=_shards(shards), address=address)
-    _finish(result, json_file)
+    _finish(run_once(settings, trace=trace, trace_divisor=trace_divisor, shards=shards, address=address), json_file)
 
 
 @app.command()
@@ -95,10 +106,12 @@ def simulate(
     trace_divisor: TraceScale = 1,
 ) -> None:
     """Run the workload in virtual time with timing shards: one process, no tensors, no Ray."""
+    from serving import simulator
     from serving.config_file import load_config
-    from serving.simulator import simulate as run_simulation
 
-    _finish(run_simulation(load_config(config, overrides or ()), trace=trace, trace_divisor=trace_divisor), json_file)
+    settings = load_config(config, overrides or ())
+    workload = simulator.load_workload(settings, trace=trace, trace_divisor=trace_divisor)
+    _finish(simulator.simulate(settings, workload).bench, json_file)
 
 
 @app.command()
@@ -111,11 +124,12 @@ def replay(
     address: Ray = None,
 ) -> None:
     """Run the workload in virtual time with torch shards in Ray actors: real tokens, deterministic."""
+    from serving import live, simulator
     from serving.config_file import load_config
-    from serving.live import replay as run_replay
 
     settings = load_config(config, overrides or ())
-    _finish(run_replay(settings, trace=trace, trace_divisor=trace_divisor, address=address), json_file)
+    workload = simulator.load_workload(settings, trace=trace, trace_divisor=trace_divisor)
+    _finish(live.replay(settings, workload, address=address).bench, json_file)
 
 
 @app.command()
@@ -126,7 +140,31 @@ def presets() -> None:
     typer.echo("\n".join(names()))
 
 
-def _shards(name: str) -> str:
-    if name not in ("torch", "timing"):
-        raise ConfigError(f"--shards: {name!r} is neither torch nor timing")
-    return name
+def _finish(result: "BenchResult", json_file: Path | None) -> None:
+    """Print the table, write the JSON file, end with the result's exit code."""
+    from serving.report import format_table, to_json
+
+    typer.echo(format_table(result))
+    if json_file is not None:
+        json_file.write_text(json.dumps(to_json(result, detailed=True), indent=2) + "\n", encoding="utf-8")
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend become one line and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        app()
+    except ConfigError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except ServingError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

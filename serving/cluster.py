@@ -17,9 +17,9 @@ from devices.clock import Clock
 from devices.fabric import Endpoint, Fabric
 from serving.config import Role, RunConfig
 from serving.core.event_log import EventLog
-from serving.core.ids import BlockIds, InstanceId, RequestId
+from serving.core.ids import BlockIds, Counts, InstanceId
 from serving.core.request import Request
-from serving.core.router import Placement, Router, source_prefill_rank
+from serving.core.router import Placement, Room, Router, source_prefill_rank
 from serving.core.scheduled_batch import Load
 from serving.engine import Engine, RunEnd, TokenSink
 from serving.errors import EngineFailure
@@ -101,6 +101,7 @@ class Cluster:
         self.pool = pool
         self.fabric = fabric
         self.on_capacity: Callable[[], None] = lambda: None
+        self.on_kv_transfer: Callable[[int, int], None] = lambda num_bytes, ns: None
         self._transport = transport
         self._dies = dies
         self._kv_bytes_per_token = kv_bytes_per_token
@@ -143,7 +144,7 @@ class Cluster:
         return {
             "requests": sum(len(s.request_ids) for s in schedulers),
             "slots": sum(s.num_running for s in schedulers),
-            "blocks": sum(s.num_used_blocks for s in schedulers),
+            "blocks": sum(engine.num_used_blocks for engine in self.all_engines),
             "runs": sum(engine.num_runs for engine in self.all_engines),
             "placements": self.router.num_placements,
             "moves": len(self._moves),
@@ -159,3 +160,197 @@ class Cluster:
         self.fabric.check_invariants()
         if self.pool is not None:
             self.pool.index.check_invariants()
+
+    # ---- places ----
+
+    def place(self, request: Request, *, order: int) -> Placed | None:
+        """Choose instances for a request and reserve its decode rank's KV space; None if there is no room now."""
+        decoding = self.engines["decode" if self.config.disaggregated else "colocated"]
+        num_tokens = request.num_tokens
+        rooms = [engine.room for engine in decoding]
+        placement = self.router.reserve(
+            request_id=request.request_id,
+            num_tokens=num_tokens,
+            # One more than is known: the first token's block is needed at once.
+            num_blocks=num_tokens // self.config.cache.block_size + 1,
+            room=Room(
+                free_blocks=np.concatenate([room.free_blocks for room in rooms]),
+                free_slots=np.concatenate([room.free_slots for room in rooms]),
+            ),
+            num_prefix_tokens=self._prefix_tokens(request),
+        )
+        if placement is None:
+            return None
+        self.log.append(
+            self.clock.now_ns(),
+            "place",
+            request.request_id,
+            prefill=placement.prefill,
+            decode=placement.decode,
+            rank=placement.rank,
+        )
+        prefill = self._engine_of[placement.prefill]
+        placed = Placed(
+            request=request,
+            placement=placement,
+            prefill=prefill,
+            prefill_hold=Hold(functools.partial(prefill.release, request.request_id)),
+        )
+        if self.config.disaggregated:
+            decode = self._engine_of[placement.decode]
+            placed.decode_blocks = decode.reserve(request, rank=placement.rank, order=order)
+            placed.decode = decode
+            placed.decode_hold = Hold(functools.partial(decode.release, request.request_id))
+        return placed
+
+    def unplace(self, placed: Placed) -> None:
+        """The request's life needs its place no longer; movements of its blocks may still hold parts of it."""
+        self.router.release(placed.request.request_id)
+        placed.prefill_hold.release()
+        if placed.decode_hold is not None:
+            placed.decode_hold.release()
+
+    def _prefix_tokens(self, request: Request) -> Counts | None:
+        if self.config.router.policy != "prefix_affinity":
+            return None
+        return np.array(
+            [
+                engine.scheduler.num_prefix_tokens(rank, request.block_hashes)
+                for engine in self.engines["prefill" if self.config.disaggregated else "colocated"]
+                for rank in range(engine.scheduler.num_ranks)
+            ],
+            np.int64,
+        )
+
+    # ---- parts of a life ----
+
+    async def prefill(self, request: Request, placed: Placed, *, order: int, sink: TokenSink) -> RunEnd:
+        """Compute the prompt (and what was generated before a preemption), and the next token.
+
+        On a colocated instance: everything to the request's end. Afterwards new full blocks are on their way to the
+        pool.
+        """
+        engine = placed.prefill
+        rank = 0 if placed.is_disaggregated else placed.placement.rank
+        limit = request.num_tokens + 1 if placed.is_disaggregated else request.num_tokens_limit
+        pool = self.pool
+        end = await engine.add(
+            request,
+            rank=rank,
+            sink=sink,
+            limit=limit,
+            order=order,
+            find_external=None if pool is None else functools.partial(pool.find_prefix_tokens, request.block_hashes),
+            load=None if pool is None else functools.partial(self._start_load, request, placed),
+        )
+        self.router.prefill_done(request.request_id)
+        if pool is not None and request.block_hashes:
+            self._move(self._store(request, placed), placed.prefill_hold)
+        return end
+
+    async def kv_transfer(self, request: Request, placed: Placed) -> None:
+        """Send the latent KV of all computed tokens to the decode rank, over RDMA, from the mapped prefill rank."""
+        assert placed.decode is not None
+        assert placed.decode_hold is not None
+        assert placed.decode_blocks is not None
+        move = self._move(self._transfer(request, placed), placed.prefill_hold, placed.decode_hold)
+        await asyncio.shield(move)  # a life that is ended meanwhile leaves the movement to its end
+
+    async def decode(self, request: Request, placed: Placed, *, sink: TokenSink) -> RunEnd:
+        """Generate from the transferred KV to the request's end, or until it is preempted."""
+        assert placed.decode is not None
+        return await placed.decode.resume(request, sink=sink)
+
+    # ---- movements ----
+
+    def _move(self, movement: Coroutine[Any, Any, None], *holds: Hold) -> "asyncio.Task[None]":
+        """Run a movement of blocks as a task that shares `holds` until it is over."""
+        for hold in holds:
+            hold.share()
+        task = asyncio.get_running_loop().create_task(movement, name="move")
+        self._moves.add(task)
+
+        def finished(task: "asyncio.Task[None]") -> None:
+            self._moves.discard(task)
+            for hold in holds:
+                hold.release()
+            if not task.cancelled():
+                task.exception()  # whoever awaits the movement hears it; nobody may
+
+        task.add_done_callback(finished)
+        return task
+
+    def _start_load(self, request: Request, placed: Placed, load: Load) -> None:
+        self._move(self._load(request, placed, load), placed.prefill_hold)
+
+    async def _load(self, request: Request, placed: Placed, load: Load) -> None:
+        assert self.pool is not None
+        block_size = self.config.cache.block_size
+        first = load.num_cached_tokens // block_size
+        last = first + load.num_external_tokens // block_size
+        instance_id = placed.prefill.instance_id
+        target = instance_id if placed.is_disaggregated else RankRef(instance_id=instance_id, rank=load.rank)
+        num_loaded = 0
+        try:
+            num_loaded = await self.pool.load(
+                request.request_id,
+                request.block_hashes[:last],
+                first=first,
+                blocks=load.block_ids,
+                target=target,
+                dies=self._dies[instance_id],
+            )
+        except EngineFailure as failure:
+            placed.prefill.fail_run(request.request_id, failure)
+            return
+        if not request.is_over:
+            placed.prefill.activate(
+                request,
+                num_cached_tokens=(first + num_loaded) * block_size,
+                num_pool_tokens=num_loaded * block_size,
+            )
+
+    async def _store(self, request: Request, placed: Placed) -> None:
+        assert self.pool is not None
+        engine = placed.prefill
+        hashes = request.block_hashes
+        blocks = engine.scheduler.block_table(request.request_id)[: len(hashes)]
+        source = RankRef(instance_id=engine.instance_id, rank=0)
+        await self.pool.store(request.request_id, hashes, blocks, source=source, dies=self._dies[engine.instance_id])
+
+    async def _transfer(self, request: Request, placed: Placed) -> None:
+        assert placed.decode is not None
+        assert placed.decode_blocks is not None
+        prefill, decode, rank = placed.prefill, placed.decode, placed.placement.rank
+        source_rank = source_prefill_rank(
+            prefill_tp_size=len(self._dies[prefill.instance_id]),
+            decode_tp_size=1,
+            decode_dp_size=len(self._dies[decode.instance_id]),
+            decode_dp_rank=rank,
+        )
+        # All tokens but the one that was just sampled have their KV by now.
+        num_tokens = request.num_tokens - 1
+        num_blocks = -(-num_tokens // self.config.cache.block_size)
+        start_ns = self.clock.now_ns()
+        num_bytes = num_tokens * self._kv_bytes_per_token
+        end_ns = self.fabric.reserve(
+            "rdma",
+            self._dies[prefill.instance_id][source_rank],
+            self._dies[decode.instance_id][rank],
+            num_bytes=num_bytes,
+            now_ns=start_ns,
+            op="read",
+        )
+        self.log.append(start_ns, "kv_transfer", request.request_id, source=source_rank, rank=rank, bytes=num_bytes)
+        moving = asyncio.ensure_future(
+            self._transport.kv_transfer(
+                RankRef(instance_id=prefill.instance_id, rank=source_rank),
+                prefill.scheduler.block_table(request.request_id)[:num_blocks],
+                RankRef(instance_id=decode.instance_id, rank=rank),
+                placed.decode_blocks[:num_blocks],
+            )
+        )
+        await self.clock.sleep_until(end_ns)
+        await self.clock.external(moving)
+        self.num_kv_transfers += 1
+        self.on_kv_transfer(num_bytes, end_ns - start_ns)

@@ -215,6 +215,12 @@ class RunConfig(Section):
         """NPUs of all instances together."""
         return sum(section.count * section.npus for section in self.instances.values())
 
+    def with_port(self, port: int) -> "RunConfig":
+        """The same run on another port."""
+        copy = self.model_copy(update={"server": self.server.model_copy(update={"port": port})})
+        copy._parts = self._parts
+        return copy
+
     def attach(self, parts: "Parts") -> "RunConfig":
         """Join the included parts and run the checks that need them; called once, by the loader."""
         self._parts = parts

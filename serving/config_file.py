@@ -16,6 +16,7 @@ from devices.spec import SupernodeSpec
 from model.config import ModelConfig
 from serving.config import Parts, RunConfig
 from serving.errors import ConfigError
+from serving.plan import check_plan
 
 PARTS = (("model", "config"), ("model", "checkpoint"), ("timing", "model"), ("timing", "hardware"))
 
@@ -39,13 +40,15 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
         if name_or_path.endswith((".yaml", ".yml")):
             _resolve_parts(data, Path(name_or_path).parent)
         config = RunConfig.model_validate(data)
-        return config.attach(
+        config = config.attach(
             Parts(
                 shape=ModelConfig.from_dict(load_part(config.model.config)),
                 charged_shape=ModelConfig.from_dict(load_part(config.timing.model)),
                 hardware=SupernodeSpec.from_dict(load_part(config.timing.hardware)),
             )
         )
+        check_plan(config)
+        return config
     except ValidationError as error:
         raise ConfigError(f"{name_or_path}: " + "; ".join(_describe(e) for e in error.errors())) from None
     except ValueError as error:  # ConfigError, and the range checks of the parts
@@ -70,10 +73,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     mapping: dict[Hashable, Any] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         if key in mapping:
             raise ConfigError(f"line {key_node.start_mark.line + 1}: duplicate key {key!r}")
-        mapping[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+        mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
 
 

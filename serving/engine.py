@@ -9,12 +9,14 @@ their way is in the scheduler but not ready.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from devices.clock import Clock
 from devices.pipeline import StepTime
@@ -22,6 +24,7 @@ from serving.core.batch_scheduler import BatchScheduler
 from serving.core.event_log import EventLog
 from serving.core.ids import BlockIds, InstanceId, RequestId
 from serving.core.request import Request
+from serving.core.router import Room
 from serving.core.scheduled_batch import Load, ScheduledBatch
 from serving.errors import EngineFailure
 from serving.messages import TokenLogprobs
@@ -54,6 +57,10 @@ class StepRecord:
     num_seqs: int
     num_tokens: int
     num_sampled: int
+    num_preemptions: int
+    wall_ns: int  # from its start to its end on the machine's clock
+    simulated_itl_ns: NDArray[np.float64]  # of the tokens that followed another
+    wall_itl_ns: NDArray[np.float64]
 
 
 @dataclass(slots=True)
@@ -64,6 +71,7 @@ class _Run:
     sink: TokenSink
     load: Callable[[Load], None] | None
     done: "asyncio.Future[RunEnd]"
+    last_token_wall_ns: int | None = None
 
 
 class Engine:
@@ -74,6 +82,8 @@ class Engine:
         *,
         instance_id: InstanceId,
         scheduler: BatchScheduler,
+        max_num_seqs: int,
+        requeues_preempted: bool,
         shard: Shard,
         charge: Callable[[ScheduledBatch], StepTime],
         stops: Callable[[Request, int], bool],
@@ -82,12 +92,17 @@ class Engine:
         on_step: Callable[[StepRecord], None],
         on_capacity: Callable[[], None],
     ) -> None:
-        """`charge(batch)` is the time of a step; `stops(request, token_id)` whether a new token ends the request.
+        """`max_num_seqs` and `requeues_preempted` are those of the scheduler.
+
+        `charge(batch)` is the time of a step; `stops(request, token_id)` whether a new token ends the request.
 
         `on_capacity` is called when blocks or slots came free.
         """
         self.instance_id = instance_id
         self.scheduler = scheduler
+        self._max_num_seqs = max_num_seqs
+        self._requeues_preempted = requeues_preempted
+        self._num_blocks = scheduler.free_blocks
         self._shard = shard
         self._charge = charge
         self._stops = stops
@@ -106,6 +121,22 @@ class Engine:
     def failure(self) -> EngineFailure | None:
         """Why the instance is lost, or None while it serves."""
         return self._failure
+
+    @property
+    def room(self) -> Room:
+        """What every rank has free for requests that are to come."""
+        taken = self.scheduler.num_seqs + self.scheduler.num_waiting_by_rank
+        return Room(free_blocks=self.scheduler.free_blocks, free_slots=self._max_num_seqs - taken)
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks that requests hold, all ranks together."""
+        return int((self._num_blocks - self.scheduler.free_blocks).sum())
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the KV space that requests hold."""
+        return self.num_used_blocks / int(self._num_blocks.sum())
 
     @property
     def num_runs(self) -> int:
@@ -168,9 +199,11 @@ class Engine:
         self._activate(request, request.num_tokens - 1)
         return future
 
-    def activate(self, request: Request, *, num_cached_tokens: int) -> None:
+    def activate(self, request: Request, *, num_cached_tokens: int, num_pool_tokens: int) -> None:
         """Answer to `load`: run the request, of which so many tokens are in the cache by now."""
-        request.start_prefill(self._clock.now_ns(), num_cached_tokens=num_cached_tokens)
+        request.start_prefill(
+            self._clock.now_ns(), num_cached_tokens=num_cached_tokens, num_pool_tokens=num_pool_tokens
+        )
         self._activate(request, num_cached_tokens)
 
     def release(self, request_id: RequestId) -> None:
@@ -185,6 +218,12 @@ class Engine:
             self._known.remove(request_id)
             if self.scheduler.abort(request_id):
                 self._notify_capacity()
+
+    def fail_run(self, request_id: RequestId, failure: EngineFailure) -> None:
+        """End a run because of something that happened to its blocks."""
+        run = self._runs.pop(request_id, None)
+        if run is not None and not run.done.done():
+            run.done.set_exception(failure)
 
     async def run(self) -> None:
         """Step for ever; when a device is lost, fail every run and end."""
@@ -229,14 +268,16 @@ class Engine:
         for preempted in batch.preempted:
             self._log.append(now_ns, "preempt", preempted.request_id, instance=self.instance_id, rank=preempted.rank)
             self._runs[preempted.request_id].request.preempt(now_ns)
-            if not self.scheduler.requeues_preempted:
+            if not self._requeues_preempted:
                 self._known.remove(preempted.request_id)
                 self._runs.pop(preempted.request_id).done.set_result(RunEnd.PREEMPTED)
         loads = {load.request_id: load for load in batch.loads}
         for admitted in batch.admitted:
             run = self._runs[admitted.request_id]
             cached = admitted.num_cached_tokens
-            self._log.append(now_ns, "admit", admitted.request_id, instance=self.instance_id, rank=admitted.rank, cached=cached)
+            self._log.append(
+                now_ns, "admit", admitted.request_id, instance=self.instance_id, rank=admitted.rank, cached=cached
+            )
             load = loads.get(admitted.request_id)
             if load is None:
                 run.request.start_prefill(now_ns, num_cached_tokens=cached)
@@ -246,45 +287,58 @@ class Engine:
 
     async def _step(self, batch: ScheduledBatch) -> None:
         requests = [self._runs[request_id].request for request_id in batch.request_ids]
-        start_ns = self._clock.now_ns()
-        time = self._charge(batch)
-        pending = self._shard.step(batch, requests, charged_ns=time.ns)
+        start_ns, start_wall_ns = self._clock.now_ns(), time.monotonic_ns()
+        cost = self._charge(batch)
+        pending = self._shard.step(batch, requests, charged_ns=cost.ns)
         self._log.append(
-            start_ns, "step", self.instance_id, rows=batch.num_rows, tokens=batch.num_tokens, charged_ns=time.ns
+            start_ns, "step", self.instance_id, rows=batch.num_rows, tokens=batch.num_tokens, charged_ns=cost.ns
         )
-        await self._clock.sleep_until(start_ns + time.ns)
-        self._account(batch, await self._clock.external(pending))
-        self.busy_ns += time.ns
+        await self._clock.sleep_until(start_ns + cost.ns)
+        sampled = await self._clock.external(pending)
+        end_wall_ns = time.monotonic_ns()
+        simulated_itl_ns, wall_itl_ns = self._account(batch, sampled, end_wall_ns)
+        self.busy_ns += cost.ns
         self.num_steps += 1
         self._on_step(
             StepRecord(
                 instance_id=self.instance_id,
                 start_ns=start_ns,
-                end_ns=start_ns + time.ns,
-                time=time,
+                end_ns=start_ns + cost.ns,
+                time=cost,
                 num_seqs=batch.num_rows,
                 num_tokens=batch.num_tokens,
                 num_sampled=int(batch.samples.sum()),
+                num_preemptions=len(batch.preempted),
+                wall_ns=end_wall_ns - start_wall_ns,
+                simulated_itl_ns=np.array(simulated_itl_ns, np.float64),
+                wall_itl_ns=np.array(wall_itl_ns, np.float64),
             )
         )
 
-    def _account(self, batch: ScheduledBatch, sampled: Sampled) -> None:
+    def _account(self, batch: ScheduledBatch, sampled: Sampled, wall_ns: int) -> tuple[list[int], list[int]]:
+        """Hand out the step's tokens and end what has ended; gaps to the tokens before, simulated and wall."""
         now_ns = self._clock.now_ns()
-        token_of_row: dict[int, int] = {}  # row -> index into `sampled`
+        index_of_row = {row: index for index, row in enumerate(np.flatnonzero(batch.samples).tolist())}
         stop_mask = None
         if sampled.token_ids is not None:
             stop_mask = np.zeros(batch.num_rows, np.bool_)
-            for index, row in enumerate(np.flatnonzero(batch.samples).tolist()):
-                token_of_row[row] = index
+            for row, index in index_of_row.items():
                 run = self._runs.get(batch.request_ids[row])  # None: released during the step
                 stop_mask[row] = run is not None and self._stops(run.request, int(sampled.token_ids[index]))
         result = self.scheduler.update(batch, stop_mask)
+        simulated_itl_ns: list[int] = []
+        wall_itl_ns: list[int] = []
         for row in result.sampled_rows.tolist():
             run = self._runs[batch.request_ids[row]]
+            if run.request.last_token_ns is not None:
+                simulated_itl_ns.append(now_ns - run.request.last_token_ns)
+            if run.last_token_wall_ns is not None:
+                wall_itl_ns.append(wall_ns - run.last_token_wall_ns)
+            run.last_token_wall_ns = wall_ns
             token_ids: tuple[int, ...] = ()
             logprobs = None
             if sampled.token_ids is not None:
-                index = token_of_row[row]
+                index = index_of_row[row]
                 token_ids = (int(sampled.token_ids[index]),)
                 logprobs = None if sampled.logprobs is None else sampled.logprobs[index]
             run.request.record_tokens(1, now_ns, token_ids=token_ids)
@@ -294,3 +348,4 @@ class Engine:
             self._runs.pop(request_id).done.set_result(RunEnd.STOP if stopped else RunEnd.LENGTH)
         if result.aborted:
             self._notify_capacity()
+        return simulated_itl_ns, wall_itl_ns

@@ -167,7 +167,10 @@ def failure_text(error: BaseException, ranks: Iterable[int]) -> bytes:
 
 def failure_of(text: bytes) -> CollectiveError | CollectiveTimeout:
     """The error that a process raises when it learns `text` from another."""
-    kind, message, *rest = json.loads(text)
+    try:
+        kind, message, *rest = json.loads(text)
+    except ValueError:  # read while it was being written
+        return GroupUnusable("another process failed")
     if kind == "timeout":
         return CollectiveTimeout(message, tuple(rest[0]), rest[1])
     if kind == "lost":

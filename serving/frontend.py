@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 
 from devices.clock import Clock
+from model.tokenizer import Tokenizer
 from serving.cluster import Cluster, Placed
 from serving.core.block_hash import hash_prompt
 from serving.core.ids import RequestId
@@ -37,7 +38,7 @@ FINISH_REASON: dict[OutcomeReason, FinishReason] = {
 }
 RETRY_AFTER_S = 1.0  # a place in the queue is free as soon as any running request ends
 
-OnOutcome = Callable[[Request, RequestTimes], None]
+OnOutcome = Callable[[Request, RequestTimes, str], None]  # and the instance that ended it
 
 
 class Life:
@@ -50,6 +51,7 @@ class Life:
         self.listener: TokenSink | None = None
         self.task: asyncio.Task[None] | None = None
         self.is_running = False
+        self.instance_id = "frontend"  # where it is now
         self.start_wall_ns = time.monotonic_ns()
         self.scheduled_wall_ns: int | None = None
         self.first_token_wall_ns: int | None = None
@@ -69,8 +71,10 @@ class Life:
 class Frontend:
     """Takes requests, drives each through the cluster, ends each exactly once. Implements `messages.Frontend`."""
 
-    def __init__(self, cluster: Cluster, *, on_outcome: OnOutcome) -> None:
+    def __init__(self, cluster: Cluster, *, tokenizer: Tokenizer | None, on_outcome: OnOutcome) -> None:
+        """`tokenizer` is for HTTP; a workload brings token ids."""
         self._cluster = cluster
+        self._tokenizer = tokenizer
         self._clock: Clock = cluster.clock
         self._on_outcome = on_outcome
         self._max_queued = cluster.config.scheduler.max_queued_requests
@@ -94,6 +98,12 @@ class Frontend:
     def vocab_size(self) -> int:
         """Number of token ids."""
         return self._cluster.config.shape.vocab_size
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to token ids and back."""
+        assert self._tokenizer is not None, "this frontend takes token ids only"
+        return self._tokenizer
 
     @property
     def num_waiting(self) -> int:
@@ -133,7 +143,9 @@ class Frontend:
             sampling=dataclasses.replace(generate.sampling, seed=self._draw_seed() if seed is None else seed),
         )
         life = Life(request, order=self._next_order())
-        life.stream = TokenStream(lambda stop: self._end(life, OutcomeReason.ABORT if stop is None else OutcomeReason.STOP))
+        life.stream = TokenStream(
+            lambda stop: self._end(life, OutcomeReason.ABORT if stop is None else OutcomeReason.STOP)
+        )
         self._start(life)
         return life.stream
 
@@ -187,7 +199,9 @@ class Frontend:
         if placed is not None:
             self._queue.pop()  # the only one
             admission.set_result(placed)
-        life.task = asyncio.get_running_loop().create_task(self._live(life, admission), name=f"life {request.request_id}")
+        life.task = asyncio.get_running_loop().create_task(
+            self._live(life, admission), name=f"life {request.request_id}"
+        )
 
     def _enqueue(self, life: Life) -> "asyncio.Future[Placed]":
         future: asyncio.Future[Placed] = asyncio.get_running_loop().create_future()
@@ -222,6 +236,7 @@ class Frontend:
             while True:
                 placed = await self._await_place(life, admission)
                 request.mark_scheduled(self._clock.now_ns())
+                life.instance_id = placed.placement.prefill
                 if life.scheduled_wall_ns is None:
                     life.scheduled_wall_ns = time.monotonic_ns()
                 try:
@@ -269,6 +284,7 @@ class Frontend:
         request.start_transfer(self._clock.now_ns())
         await cluster.kv_transfer(request, placed)
         request.start_decode(self._clock.now_ns())
+        life.instance_id = placed.placement.decode
         return await cluster.decode(request, placed, sink=life.on_token)
 
     def _end(self, life: Life, reason: OutcomeReason) -> RequestTimes:
@@ -278,7 +294,9 @@ class Frontend:
         if reason is OutcomeReason.STOP and not life.request.num_output_tokens:
             reason = OutcomeReason.ABORT
         self._close(life, reason)
-        if life.task is not None and life.is_running:  # a task that has not begun would be canceled without its `finally`
+        if (
+            life.task is not None and life.is_running
+        ):  # a task that has not begun would be canceled without its `finally`
             life.task.cancel()
         return self._times(life)
 
@@ -291,7 +309,7 @@ class Frontend:
             now_ns, "outcome", request.request_id, reason=str(reason), tokens=request.num_output_tokens
         )
         times = self._times(life)
-        self._on_outcome(request, times)
+        self._on_outcome(request, times, life.instance_id)
         if life.stream is not None:
             finish = FINISH_REASON[reason]
             life.stream.close(finish, stop_reason=self._stop_token(request, reason), times=times, error=message or None)

@@ -5,33 +5,35 @@ Must not know: how devices start (serving/ray_devices.py), routes, schedules.
 """
 
 import asyncio
-import json
+import dataclasses
 import logging
-import os
+import multiprocessing
 import socket
-import subprocess
 import sys
-import tempfile
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from devices.clock import ScaledClock, VirtualClock, run
 from model.tokenizer import Tokenizer
+from serving.bench import run_bench_until_interrupt
+from serving.bench_config import BenchConfig
 from serving.build import build_cluster
 from serving.config import RunConfig
 from serving.core.event_log import EventLog
-from serving.errors import EngineFailure
 from serving.frontend import Frontend
 from serving.http_api import create_app
 from serving.metrics import Metrics
 from serving.observer import Observer
 from serving.ray_devices import RayDevices, checkpoint_directory
+from serving.report import BenchResult
 from serving.server import bind, serve
 from serving.session import Session, interruptible
+from serving.simulator import SimulationResult, cluster_figures, load_workload, run_in_virtual_time
 from serving.transport import WorkerTransport
+from serving.workload import Workload
 
 logger = logging.getLogger(__name__)
 OnReady = Callable[[str, Frontend], None]
@@ -55,7 +57,9 @@ class LiveRun:
     def __enter__(self) -> "LiveRun":
         self._stack.enter_context(interruptible())
         try:
-            self.listener: socket.socket = self._stack.enter_context(bind(self._config.server.host, self._config.server.port))
+            self.listener: socket.socket = self._stack.enter_context(
+                bind(self._config.server.host, self._config.server.port)
+            )
             self.session = Session()
             self._stack.callback(self._close_session)
             self.checkpoint = checkpoint_directory(self._config, self.session)
@@ -104,8 +108,7 @@ class LiveRun:
             self.held = system.held()
         finally:
             if self.devices is not None:
-                self.held["exchange_groups"] = await self.devices.close_groups()
-                self.devices.close_transport()
+                await self.devices.close_transport()
 
     def _close_session(self) -> None:
         self.session.close()
@@ -116,14 +119,21 @@ class System:
     """Everything of one serving system that lives in the event loop."""
 
     def __init__(
-        self, config: RunConfig, *, clock: VirtualClock | ScaledClock, transport: WorkerTransport | None, checkpoint: Path
+        self,
+        config: RunConfig,
+        *,
+        clock: VirtualClock | ScaledClock,
+        transport: WorkerTransport | None,
+        checkpoint: Path,
     ) -> None:
         self.config = config
         self.clock = clock
         self.metrics = Metrics(model_name=config.model.served_model_name, max_model_len=config.model.max_model_len)
         self.observer = Observer(self.metrics, config=config)
         self.log = EventLog()
-        self.cluster = build_cluster(config, clock=clock, log=self.log, transport=transport, on_step=self.observer.on_step)
+        self.cluster = build_cluster(
+            config, clock=clock, log=self.log, transport=transport, on_step=self.observer.on_step
+        )
         self.frontend = Frontend(
             self.cluster,
             tokenizer=Tokenizer.from_file(checkpoint / "tokenizer.json"),
@@ -165,3 +175,79 @@ def package_version() -> str:
         return version("supernode-infer")
     except PackageNotFoundError:  # run from a source tree that was never installed
         return "0.0.0"
+
+
+def serve_forever(config: RunConfig, *, shards: str, address: str | None) -> dict[str, int]:
+    """Boot, serve until Ctrl-C or SIGTERM, shut down; returns what is still held: all zero unless something is wrong."""
+    live = LiveRun(config, shards=shards, address=address)
+    with live:
+        print(f"booting {config.total_npus} NPUs, {config.kv_pool.hosts} hosts ...", file=sys.stderr, flush=True)
+        live.serve(
+            lambda system: print(f"serving {config.model.served_model_name} on {live.url}", file=sys.stderr, flush=True)
+        )
+        print("shutting down ...", file=sys.stderr, flush=True)
+    return live.held
+
+
+def run_once(
+    config: RunConfig, *, trace: Path | None, trace_divisor: int, shards: str, address: str | None
+) -> BenchResult:
+    """Boot, drive the endpoint with the load generator (in a process of its own), shut down."""
+    workload = load_workload(config, trace=trace, trace_divisor=trace_divisor)
+    config = config.with_port(0)
+    live = LiveRun(config, shards=shards, address=address)
+    bench: BenchResult | None = None
+    figures: dict[str, float | int | str] = {}
+    with live:
+        print(f"booting {config.total_npus} NPUs, {config.kv_pool.hosts} hosts ...", file=sys.stderr, flush=True)
+
+        async def measure(system: System) -> None:
+            print(f"serving on {live.url}", file=sys.stderr, flush=True)
+            nonlocal bench
+            bench = await _bench_in_child(bench_config(config, live.url), workload)
+            figures.update(cluster_figures(system.cluster))
+            figures["simulated_s"] = system.clock.now_ns() / 1e9
+            figures["lag_s"] = system.clock.lag_ns / 1e9
+
+        live.serve(measure)
+    if bench is None:
+        raise KeyboardInterrupt
+    return dataclasses.replace(bench, cluster=figures, held_at_rest=live.held)
+
+
+def replay(
+    config: RunConfig, workload: Workload, *, address: str | None = None, keep_events: bool = False
+) -> SimulationResult:
+    """Run `workload` in virtual time with torch shards in Ray actors."""
+    with interruptible(), Session() as session, RayDevices(config, session, address=address) as devices:
+        devices.start(checkpoint_directory(config, session))
+        return run_in_virtual_time(
+            config,
+            workload,
+            open_transport=devices.open_transport,
+            close_transport=devices.close_transport,
+            keep_events=keep_events,
+        )
+
+
+def bench_config(config: RunConfig, url: str) -> BenchConfig:
+    """How `run` drives its own endpoint: the workload's arrivals, on the clock's scale."""
+    is_closed = config.workload.max_concurrency is not None
+    return BenchConfig(
+        base_url=url,
+        model=config.model.served_model_name,
+        api_key=config.server.api_key,
+        replay=not is_closed,
+        time_factor=config.clock.scale or 1.0,
+        max_concurrency=config.workload.max_concurrency,
+        percentile_metrics=("ttft", "tpot", "itl", "e2el"),
+        seed=config.seed,
+    )
+
+
+async def _bench_in_child(bench: BenchConfig, workload: Workload) -> BenchResult:
+    """Run the load generator in a process of its own, so that it takes no time of the server's event loop."""
+    context = multiprocessing.get_context("spawn")
+    loop = asyncio.get_running_loop()
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return await loop.run_in_executor(pool, run_bench_until_interrupt, bench, workload)

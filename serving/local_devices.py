@@ -31,7 +31,7 @@ def local_transport(config: RunConfig, checkpoint: Path) -> WorkerTransport:
         future = asyncio.get_running_loop().create_future()
         try:
             future.set_result(peers.call(worker_id, method, *args))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the caller awaits it
             future.set_exception(error)
         return future
 

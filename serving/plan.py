@@ -126,12 +126,13 @@ def format_plan(config: RunConfig) -> str:
     computed, charged_shape = config.shape, config.charged_shape
     lines.append(
         f"computed  {config.model.config}: {work.parameter_counts(computed).total / 1e6:.1f} M parameters, "
-        f"{computed.num_hidden_layers} layers, {computed.n_routed_experts} routed experts, top {computed.num_experts_per_tok}"
+        f"{computed.num_hidden_layers} layers, {computed.n_routed_experts} routed experts, "
+        f"top {computed.num_experts_per_tok}"
     )
     lines.append(
         f"charged   {config.timing.model} on {config.hardware.name}: "
-        f"{work.parameter_counts(charged_shape).total / 1e9:.0f} G parameters, {charged_shape.num_hidden_layers} layers, "
-        f"{charged_shape.n_routed_experts} routed experts, top {charged_shape.num_experts_per_tok}"
+        f"{work.parameter_counts(charged_shape).total / 1e9:.0f} G parameters, "
+        f"{charged_shape.num_hidden_layers} layers, {charged_shape.n_routed_experts} routed experts, top {charged_shape.num_experts_per_tok}"
     )
     for plan in check_plan(config):
         role, section = plan.role, config.instances[plan.role]

@@ -34,8 +34,8 @@ class ModelRank:
 
     def read_blocks(self, block_ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Latent KV of blocks, (num_layers, num_blocks, block_size, kv_lora_rank + qk_rope_head_dim)."""
-        return self._cache.read_blocks(block_ids)
+        return self._cache.read_blocks(block_ids.tolist())
 
     def write_blocks(self, block_ids: NDArray[np.int32], latents: NDArray[np.float32]) -> None:
         """Overwrite blocks with latent KV of the shape that `read_blocks` gives."""
-        self._cache.write_blocks(block_ids, latents)
+        self._cache.write_blocks(block_ids.tolist(), latents)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.channel import Address
+from serving.core.ids import InstanceId
 from serving.errors import ConfigError, EngineFailure
 from serving.session import Session
 from serving.worker import HostPlan, HostWorker, NpuWorker, NpuWorkerPlan
@@ -23,9 +24,9 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # Ray 2.60 switches tokens o
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # our NPUs are no accelerators that Ray may hide
 
-import ray  # noqa: E402
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table  # noqa: E402
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 NPU, HOST = "NPU", "CPU_HOST"  # names of the custom resources that stand for devices
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # little more than Ray's minimum: no tensor passes through it
@@ -83,7 +84,9 @@ class RayCluster:
                 **common,
             )
 
-    def launch(self, npus: Mapping[str, Sequence[NpuWorkerPlan]], hosts: Sequence[HostPlan]) -> dict[str, Placed]:
+    def launch(
+        self, npus: Mapping[InstanceId, Sequence[NpuWorkerPlan]], hosts: Sequence[HostPlan]
+    ) -> dict[str, Placed]:
         """Create every worker: one gang of NPU workers per instance, packed; hosts spread. Returns them by id.
 
         Raises EngineFailure when a worker does not start in time.
@@ -93,9 +96,10 @@ class RayCluster:
             self._create_group(actor_class, plans, [{NPU: len(plan.npus)} for plan in plans], "PACK")
         if hosts:
             self._create_group(ray.remote(HostWorker), hosts, [{HOST: 1} for _ in hosts], "SPREAD")
-        addresses = self.call_all({worker_id: ("address", ()) for worker_id in self._actors})
+        addresses = self.call_all(dict.fromkeys(self._actors, ("address", ())))
         return {
-            worker_id: Placed(address=address, node_id=self._node_of[worker_id]) for worker_id, address in addresses.items()
+            worker_id: Placed(address=address, node_id=self._node_of[worker_id])
+            for worker_id, address in addresses.items()
         }
 
     def call_all(self, calls: Mapping[str, tuple[str, tuple[Any, ...]]]) -> dict[str, Any]:
@@ -104,7 +108,7 @@ class RayCluster:
             worker_id: getattr(self._actors[worker_id], method).remote(*args)
             for worker_id, (method, args) in calls.items()
         }
-        ready, waiting = ray.wait(list(refs.values()), num_returns=len(refs), timeout=self._timeout_s)
+        _ready, waiting = ray.wait(list(refs.values()), num_returns=len(refs), timeout=self._timeout_s)
         late = [worker_id for worker_id, ref in refs.items() if ref in waiting]
         if late:
             raise EngineFailure(f"workers {', '.join(late)} did not answer within {self._timeout_s} s")
@@ -148,7 +152,11 @@ class RayCluster:
                 )
 
     def _create_group(
-        self, actor_class: Any, plans: Sequence[NpuWorkerPlan | HostPlan], bundles: list[dict[str, float]], strategy: str
+        self,
+        actor_class: Any,
+        plans: Sequence[NpuWorkerPlan | HostPlan],
+        bundles: list[dict[str, float]],
+        strategy: str,
     ) -> None:
         group = placement_group(bundles, strategy=strategy)
         self._groups.append(group)
@@ -158,7 +166,9 @@ class RayCluster:
         here = ray.get_runtime_context().get_node_id()
         for index, plan in enumerate(plans):
             node = nodes[index]
-            listen: Address = str(self._session.folder / f"{plan.worker_id}.sock") if node == here else (self.node_ip(node), 0)
+            listen: Address = (
+                str(self._session.folder / f"{plan.worker_id}.sock") if node == here else (self.node_ip(node), 0)
+            )
             options = {
                 "num_cpus": 0,
                 "resources": bundles[index],

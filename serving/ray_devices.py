@@ -81,8 +81,16 @@ class RayDevices:
             address_of={worker_id: placed.address for worker_id, placed in self._placed.items()},
         )
 
-    def close_transport(self) -> None:
-        """Close every channel, from the event loop in which it was opened."""
+    async def close_transport(self) -> None:
+        """Leave the exchange groups and close every channel, from the event loop in which it was opened."""
+        if self._num_groups:
+            leaving = [
+                self._channels[plan.worker_id, "data"].call("close_exchange")
+                for plans in self._workers.values()
+                for plan in plans
+                if len(plans) > 1
+            ]
+            await asyncio.gather(*leaving, return_exceptions=True)  # a worker that is lost has left
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()

@@ -133,5 +133,6 @@ class TorchShard:
 
 
 def _params(request: Request) -> SamplingParams:
-    assert isinstance(request.sampling, SamplingParams) and request.sampling.seed is not None
+    assert isinstance(request.sampling, SamplingParams)
+    assert request.sampling.seed is not None
     return request.sampling

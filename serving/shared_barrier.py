@@ -25,7 +25,7 @@ from pathlib import Path
 
 from devices.faults import CollectiveTimeout
 from serving.exchange import GroupUnusable, RanksLost, RanksOutOfStep, failure_of, failure_text, named
-from serving.shared_mapping import SharedMapping, make_directory, remove_windows
+from serving.shared_mapping import FIFO_PREFIX, SharedMapping, make_directory, remove_windows
 
 JOINING, BARRIER, EXCHANGE = 0, 1, 2
 _OPERATIONS = ("joining", "barrier", "exchange")
@@ -69,7 +69,10 @@ class SharedGroup:
         if process == 0:
             make_directory(self._path)
         try:
-            self._enter(num_bytes, identity)
+            try:
+                self._enter(num_bytes, identity)
+            except FileNotFoundError as error:
+                raise GroupUnusable(f"{name}: {error.filename} was removed before all had joined") from None
             self.barrier(JOINING)
         except BaseException:
             self._drop()
@@ -127,7 +130,7 @@ class SharedGroup:
         self._drop()
 
     def _enter(self, num_bytes: int, identity: bytes) -> None:
-        fifos = [self._path / f"fifo-{process}" for process in range(len(self._ranks_by_process))]
+        fifos = [self._path / f"{FIFO_PREFIX}{process}" for process in range(len(self._ranks_by_process))]
         size = {"num_processes": len(fifos), "num_bytes": num_bytes}
         if self._process == 0:
             for fifo in fifos:

@@ -31,6 +31,7 @@ _TEXT_LENGTH = struct.Struct("=I")
 _TEXT_OFFSET = _WORDS.size + _TEXT_LENGTH.size
 MAX_TEXT_BYTES = _SLOT_BYTES - _TEXT_OFFSET
 _NAME = "windows"
+FIFO_PREFIX = "fifo-"
 
 
 class SharedMapping:
@@ -169,10 +170,10 @@ def remove_windows(path: str | Path) -> bool:
     if not path.is_dir():
         return False
     for entry in path.iterdir():
-        entry.unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        path.rmdir()
+        if entry.name.startswith((_NAME, FIFO_PREFIX)):
+            entry.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
+        path.rmdir()
         if stat.S_IMODE(path.parent.stat().st_mode) == 0o700:
             path.parent.rmdir()
     return True

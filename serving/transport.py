@@ -50,7 +50,9 @@ class Transport(Protocol):
     ) -> Awaitable[None]:
         """Copy cache blocks from rank to rank."""
 
-    def pool_load(self, target: RankRef | InstanceId, objects: Sequence[PoolObject], blocks: BlockIds) -> Awaitable[None]:
+    def pool_load(
+        self, target: RankRef | InstanceId, objects: Sequence[PoolObject], blocks: BlockIds
+    ) -> Awaitable[None]:
         """Copy pool objects into cache blocks of one rank, or of every rank of an instance."""
 
     def pool_store(self, source: RankRef, blocks: BlockIds, objects: Sequence[PoolObject]) -> Awaitable[None]:
@@ -134,15 +136,16 @@ class WorkerTransport:
         order = (target.rank, target_blocks, address, source.rank, source_blocks)
         return self._invoke(self._worker_of[target.instance_id, target.rank], "data", "pull_blocks", order)
 
-    def pool_load(self, target: RankRef | InstanceId, objects: Sequence[PoolObject], blocks: BlockIds) -> Awaitable[None]:
+    def pool_load(
+        self, target: RankRef | InstanceId, objects: Sequence[PoolObject], blocks: BlockIds
+    ) -> Awaitable[None]:
         parts = self._by_host(objects)
+        workers: Sequence[tuple[str, Sequence[int]]]
         if isinstance(target, RankRef):
             workers = [(self._worker_of[target.instance_id, target.rank], (target.rank,))]
         else:
             workers = self._ranks[target]
-        futures = [
-            self._invoke(worker, "data", "load_blocks", (local, blocks, parts)) for worker, local in workers
-        ]
+        futures = [self._invoke(worker, "data", "load_blocks", (local, blocks, parts)) for worker, local in workers]
         return self._drain(futures)
 
     async def pool_store(self, source: RankRef, blocks: BlockIds, objects: Sequence[PoolObject]) -> None:

@@ -5,6 +5,7 @@ Must not know: what serves the requests.
 """
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -39,7 +40,9 @@ class TokenTimes:
 class WorkloadRun:
     """One pass of a workload; afterwards `records` has one entry per request, in the workload's order."""
 
-    def __init__(self, workload: Workload, *, frontend: Frontend, clock: Clock, block_size: int, closed_loop: int | None):
+    def __init__(
+        self, workload: Workload, *, frontend: Frontend, clock: Clock, block_size: int, closed_loop: int | None
+    ):
         """`closed_loop`: so many requests at a time, each sent when another ends; None: arrivals decide."""
         self._workload = workload
         self._frontend = frontend
@@ -84,9 +87,7 @@ class WorkloadRun:
             prompt_token_ids=token_ids,
             block_hashes=hash_prompt(token_ids, self._block_size),
             priority=item.priority,
-            sampling=SamplingParams(
-                max_tokens=item.max_tokens, temperature=0.0, ignore_eos=True, seed=item.seed or 0
-            ),
+            sampling=SamplingParams(max_tokens=item.max_tokens, temperature=0.0, ignore_eos=True, seed=item.seed or 0),
         )
 
 
@@ -99,7 +100,7 @@ def _record(request: Request, ended: RequestTimes, token_ns: Sequence[int]) -> R
             ttft_ns=latencies.ttft_ms * 1e6,
             e2el_ns=latencies.e2el_ms * 1e6,
             start_ns=request.arrival_ns,
-            itl_ns=[later - earlier for earlier, later in zip(token_ns, token_ns[1:], strict=False)],
+            itl_ns=[later - earlier for earlier, later in itertools.pairwise(token_ns)],
             queue_ns=None if latencies.queue_ms is None else latencies.queue_ms * 1e6,
         )
     return RequestRecord(

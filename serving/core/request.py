@@ -111,6 +111,7 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list, init=False)  # empty if only counts are known
     num_output_tokens: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)  # of the prompt, at the first prefill
+    num_pool_tokens: int = field(default=0, init=False)  # those of them that came from the shared pool
     num_preemptions: int = field(default=0, init=False)
     num_restarts: int = field(default=0, init=False)
 
@@ -144,6 +145,15 @@ class Request:
         """Tokens known when it ends by length."""
         return self.num_prompt_tokens + self.max_tokens
 
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Known token ids of positions [start, stop): of the prompt, then of the output."""
+        assert self.prompt_token_ids is not None and stop <= self.num_prompt_tokens + len(self.output_token_ids)
+        num_prompt = self.num_prompt_tokens
+        return [
+            *self.prompt_token_ids[start:stop],
+            *self.output_token_ids[max(0, start - num_prompt) : max(0, stop - num_prompt)],
+        ]
+
     @property
     def is_over(self) -> bool:
         return self.outcome is not None
@@ -156,7 +166,7 @@ class Request:
         if self.scheduled_ns is None:
             self.scheduled_ns = now_ns
 
-    def start_prefill(self, now_ns: int, *, num_cached_tokens: int = 0) -> None:
+    def start_prefill(self, now_ns: int, *, num_cached_tokens: int = 0, num_pool_tokens: int = 0) -> None:
         """The first step that computes its tokens begins; `num_cached_tokens` were found in a cache."""
         if not 0 <= num_cached_tokens < self.num_tokens:
             raise IllegalCall(f"request {self.request_id}: num_cached_tokens {num_cached_tokens} of {self.num_tokens}")
@@ -166,6 +176,7 @@ class Request:
         if self.prefill_start_ns is None:
             self.prefill_start_ns = now_ns
             self.num_cached_tokens = num_cached_tokens
+            self.num_pool_tokens = num_pool_tokens
 
     def start_transfer(self, now_ns: int) -> None:
         """Its prefill is done and its cache goes to the decode rank."""

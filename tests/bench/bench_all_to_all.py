@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-WIDTH = 64  # float32 columns of a row
+WIDTH = 16  # float32 columns of a row
 NUM_WARM = 50
 FOLDER = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 

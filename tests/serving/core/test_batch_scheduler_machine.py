@@ -299,5 +299,5 @@ class BatchSchedulerMachine(RuleBasedStateMachine):
 
 TestBatchScheduler = BatchSchedulerMachine.TestCase
 TestBatchScheduler.settings = settings(
-    derandomize=True, database=None, deadline=None, max_examples=120, stateful_step_count=40
+    derandomize=True, database=None, deadline=None, max_examples=500, stateful_step_count=50
 )

@@ -1,0 +1,198 @@
+"""Placement of requests: a decode rank with room for the request, and the prefill instance that computes its prompt.
+
+Owns: the policies, and the load of every instance as the router's own decisions make it.
+Must not know: time, queues of instances, where cached bytes are.
+Source: least-loaded, peer-to-peer placement of arXiv 2506.12708 section 4.1 (the pool is equally near to all, so
+placement need not chase locality); connection mapping of section 4.3.3; cache-aware rule of the sgl gateway; choosing
+and reserving in one call as in Ray Serve LLM's kv_token_tracker, so that requests at one instant do not herd.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from serving.core.errors import IllegalCall
+from serving.core.ids import Counts, InstanceId, RequestId
+
+RouterPolicy = Literal["least_loaded", "round_robin", "power_of_two", "prefix_affinity"]
+
+# prefix_affinity gives way to the shortest queue when the queues differ by more than both (sgl gateway's defaults are
+# 64 requests and 1.5; ours count tokens of queued prompts).
+IMBALANCE_TOKENS = 8192
+IMBALANCE_RATIO = 1.5
+MIN_PREFIX_SHARE = 0.3  # of the prompt, to prefer an instance for it (sgl gateway's cache_threshold)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a request runs. Returned by `reserve`, held until `release`."""
+
+    request_id: RequestId
+    prefill: InstanceId
+    decode: InstanceId  # the same as `prefill` on a colocated instance
+    rank: int  # of `decode`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What the ranks of one instance have free now, shape (num_ranks,) each."""
+
+    free_blocks: Counts
+    free_slots: Counts
+
+
+class Router:
+    """Chooses and reserves. Load is what was placed and not released: known here at once, never scraped."""
+
+    def __init__(
+        self,
+        *,
+        prefill: Sequence[InstanceId],
+        decode: Mapping[InstanceId, int],
+        policy: RouterPolicy = "least_loaded",
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        """`decode` gives the number of ranks per instance. An instance in both is colocated: it takes both parts.
+
+        `rng` is needed by power_of_two.
+        """
+        if policy not in get_args(RouterPolicy):
+            raise IllegalCall(f"policy {policy!r} is not one of {', '.join(get_args(RouterPolicy))}")
+        if policy == "power_of_two" and rng is None:
+            raise IllegalCall("power_of_two needs a generator")
+        self._policy = policy
+        self._rng = rng
+        self._prefill = list(prefill)
+        self._decode = list(decode)
+        self._first_rank = np.concatenate([[0], np.cumsum(list(decode.values()))])
+        self._num_requests = np.zeros(int(self._first_rank[-1]), np.int64)  # per decode rank
+        self._queued_tokens = dict.fromkeys(self._prefill, 0)  # prompt tokens placed and not yet prefilled
+        self._placements: dict[RequestId, tuple[Placement, int, int]] = {}  # with global rank and queued tokens
+        self._turn = 0
+
+    @property
+    def num_placements(self) -> int:
+        """Requests that are placed and not released."""
+        return len(self._placements)
+
+    @property
+    def queued_tokens(self) -> dict[InstanceId, int]:
+        """Prompt tokens placed and not yet prefilled, per prefill instance."""
+        return dict(self._queued_tokens)
+
+    @property
+    def num_requests(self) -> Counts:
+        """Requests placed per decode rank, instance after instance."""
+        return self._num_requests.copy()
+
+    def reserve(
+        self,
+        *,
+        request_id: RequestId,
+        num_tokens: int,
+        num_blocks: int,
+        room: Room,
+        num_prefix_tokens: Counts | None = None,
+    ) -> Placement | None:
+        """Choose where a request of `num_tokens` tokens runs and count it there; None if no decode rank has room.
+
+        `room` and `num_blocks` say what is free and needed at the decode ranks, instance after instance.
+        `num_prefix_tokens` (prefix_affinity) is the length of the prompt's prefix that each prefill instance, or each
+        colocated rank, has in its own cache.
+        """
+        if request_id in self._placements:
+            raise IllegalCall(f"request {request_id} is placed already")
+        fits = (room.free_blocks >= num_blocks) & (room.free_slots > 0)
+        if fits.shape != self._num_requests.shape:
+            raise IllegalCall(f"room of {fits.shape} for {len(self._num_requests)} decode ranks")
+        ranks = np.flatnonzero(fits)
+        if not len(ranks):
+            return None
+        is_colocated = self._prefill == self._decode
+        if is_colocated and num_prefix_tokens is not None and self._policy == "prefix_affinity":
+            rank = int(ranks[self._by_affinity(self._num_requests[ranks] * num_tokens, num_prefix_tokens[ranks], num_tokens)])
+        else:
+            # Fewest requests first; of equals the one with most room, which balances KV space too.
+            load = self._num_requests[ranks] * (int(room.free_blocks.max()) + 1) - room.free_blocks[ranks]
+            rank = int(ranks[self._choose(load)])
+        decode_index = int(np.searchsorted(self._first_rank, rank, side="right")) - 1
+        decode = self._decode[decode_index]
+        prefill = decode if is_colocated else self._prefill[self._choose_prefill(num_tokens, num_prefix_tokens)]
+        self._turn += 1
+        placement = Placement(
+            request_id=request_id, prefill=prefill, decode=decode, rank=rank - int(self._first_rank[decode_index])
+        )
+        self._placements[request_id] = (placement, rank, num_tokens)
+        self._num_requests[rank] += 1
+        self._queued_tokens[prefill] += num_tokens
+        return placement
+
+    def prefill_done(self, request_id: RequestId) -> None:
+        """The prompt is computed: it loads its prefill instance no longer."""
+        placement, rank, queued = self._placed(request_id)
+        self._queued_tokens[placement.prefill] -= queued
+        self._placements[request_id] = (placement, rank, 0)
+
+    def release(self, request_id: RequestId) -> None:
+        """The request has left. Raises IllegalCall if it is not placed."""
+        placement, rank, queued = self._placed(request_id)
+        del self._placements[request_id]
+        self._num_requests[rank] -= 1
+        self._queued_tokens[placement.prefill] -= queued
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError unless the loads are the sums over the placements."""
+        num_requests = np.zeros_like(self._num_requests)
+        queued = dict.fromkeys(self._prefill, 0)
+        for placement, rank, num_tokens in self._placements.values():
+            num_requests[rank] += 1
+            queued[placement.prefill] += num_tokens
+        assert (num_requests == self._num_requests).all() and queued == self._queued_tokens
+
+    def _placed(self, request_id: RequestId) -> tuple[Placement, int, int]:
+        if request_id not in self._placements:
+            raise IllegalCall(f"request {request_id} is not placed")
+        return self._placements[request_id]
+
+    def _choose_prefill(self, num_tokens: int, num_prefix_tokens: Counts | None) -> int:
+        load = np.array([self._queued_tokens[instance_id] for instance_id in self._prefill], np.int64)
+        if self._policy == "prefix_affinity" and num_prefix_tokens is not None:
+            return self._by_affinity(load, num_prefix_tokens, num_tokens)
+        return self._choose(load)
+
+    def _choose(self, load: Counts) -> int:
+        """Index by the policy; the lowest index of equals."""
+        if self._policy == "round_robin":
+            return self._turn % len(load)
+        if self._policy == "power_of_two" and len(load) > 1:
+            assert self._rng is not None
+            pair = np.sort(self._rng.choice(len(load), size=2, replace=False))
+            return int(pair[np.argmin(load[pair])])
+        return int(np.argmin(load))
+
+    def _by_affinity(self, load: Counts, num_prefix_tokens: Counts, num_tokens: int) -> int:
+        """Longest prefix, unless it is short or the loads are too different."""
+        low, high = int(load.min()), int(load.max())
+        is_imbalanced = high - low > IMBALANCE_TOKENS and high > IMBALANCE_RATIO * low
+        best = int(num_prefix_tokens.max())
+        if is_imbalanced or best < MIN_PREFIX_SHARE * num_tokens:
+            return int(np.argmin(load))
+        candidates = np.flatnonzero(num_prefix_tokens == best)
+        return int(candidates[np.argmin(load[candidates])])
+
+
+def source_prefill_rank(*, prefill_tp_size: int, decode_tp_size: int, decode_dp_size: int, decode_dp_rank: int, decode_tp_rank: int = 0) -> int:
+    """The prefill rank from which a decode rank gets its KV (arXiv 2506.12708 section 4.3.3).
+
+    Any prefill rank could serve, since each holds the whole latent KV; the mapping spreads decode ranks over them:
+    `ratio = prefill_tp / decode_tp`, `group_size = decode_dp / ratio`, `group = decode_dp_rank // group_size`,
+    `rank = group * decode_tp + decode_tp_rank`. Sizes that do not divide: the groups are as equal as possible,
+    `group = decode_dp_rank * ratio // decode_dp`, which is the same where they divide.
+    """
+    ratio = max(1, prefill_tp_size // decode_tp_size)
+    if not 0 <= decode_dp_rank < decode_dp_size or not 0 <= decode_tp_rank < decode_tp_size:
+        raise IllegalCall(f"decode rank ({decode_dp_rank}, {decode_tp_rank}) of {decode_dp_size} x {decode_tp_size}")
+    group = decode_dp_rank * ratio // decode_dp_size
+    return min(group * decode_tp_size + decode_tp_rank, prefill_tp_size - 1)

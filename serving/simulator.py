@@ -1,0 +1,174 @@
+"""Runs of a workload in virtual time: with timing shards in this process, or with torch shards behind a transport.
+
+Owns: the result of such a run.
+Must not know: HTTP, Ray (a transport is given).
+"""
+
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from devices.clock import VirtualClock, run_virtual
+from serving.arrivals import Arrivals
+from serving.build import build_cluster
+from serving.cluster import Cluster
+from serving.config import RunConfig
+from serving.core.event_log import EventLog
+from serving.core.ids import RequestId
+from serving.frontend import Frontend
+from serving.report import BenchResult, RunInfo, needed_percentiles
+from serving.summary import summarize
+from serving.traces import TraceOptions, load_trace
+from serving.transport import Transport
+from serving.workload import Workload, synthetic_workload
+from serving.workload_run import WorkloadRun
+
+FIRST_TEXT_TOKEN = 16  # lower ids are special tokens in every tokenizer that we ship
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationResult:
+    """What a run in virtual time gave. `digest` is that of the event log."""
+
+    bench: BenchResult
+    digest: str
+    token_ids: dict[RequestId, list[int]]  # empty lists where shards make no tensors
+    log: EventLog
+    wall_s: float
+    simulated_s: float
+
+
+def load_workload(config: RunConfig, *, trace: Path | None = None, trace_divisor: int = 1) -> Workload:
+    """The workload of a run: a trace, clipped to the context, or the configuration's synthetic one."""
+    section, limit = config.workload, config.model.max_model_len
+    vocabulary = range(FIRST_TEXT_TOKEN, min(256, config.shape.vocab_size))
+    if trace is not None:
+        options = TraceOptions(
+            length_divisor=trace_divisor,
+            max_input_tokens=limit // 2,
+            max_output_tokens=limit // 2,
+            seed=config.seed,
+            vocabulary=vocabulary,
+        )
+        return load_trace(trace, options).limited(num_requests=section.num_requests)
+    rate = math.inf if section.request_rate == "inf" else section.request_rate
+    return synthetic_workload(
+        num_requests=section.num_requests,
+        input_len=section.input_len,
+        output_len=section.output_len,
+        range_ratio=section.range_ratio,
+        num_prefixes=section.num_prefixes,
+        prefix_len=section.prefix_len,
+        seed=config.seed,
+        arrivals=Arrivals.from_request_rate(rate, burstiness=section.burstiness),
+        vocabulary=vocabulary,
+    )
+
+
+def simulate(config: RunConfig, workload: Workload, *, keep_events: bool = False) -> SimulationResult:
+    """Run `workload` with timing shards: no tensors, one process."""
+    return run_in_virtual_time(config, workload, keep_events=keep_events)
+
+
+def run_in_virtual_time(
+    config: RunConfig,
+    workload: Workload,
+    *,
+    open_transport: Callable[[], Transport] | None = None,
+    close_transport: Callable[[], Awaitable[None]] | None = None,
+    keep_events: bool = False,
+) -> SimulationResult:
+    """Run `workload` on a virtual clock; `open_transport` is called in the event loop and gives torch shards.
+
+    Raises AssertionError if anything is held in the end.
+    """
+
+    async def main(clock: VirtualClock) -> SimulationResult:
+        started = time.perf_counter()
+        log = EventLog(keep=keep_events)
+        transport = open_transport() if open_transport is not None else None
+        try:
+            cluster = build_cluster(config, clock=clock, log=log, transport=transport)
+            frontend = Frontend(cluster, tokenizer=None, on_outcome=lambda request, times, instance_id: None)
+            run = WorkloadRun(
+                workload,
+                frontend=frontend,
+                clock=clock,
+                block_size=config.cache.block_size,
+                closed_loop=config.workload.max_concurrency,
+            )
+            cluster.start()
+            try:
+                await run.drive()
+            finally:
+                simulated_s = clock.now_ns() / 1e9
+                await frontend.abort_all()
+                await cluster.stop()
+            cluster.check_invariants()
+            held = cluster.held() | {"lives": frontend.num_lives, "queued": frontend.num_waiting}
+        finally:
+            if close_transport is not None:
+                await close_transport()
+        wall_s = time.perf_counter() - started
+        return SimulationResult(
+            bench=_bench_result(
+                config, workload, run, cluster, simulated_s=simulated_s, wall_s=wall_s, held=held, log=log
+            ),
+            digest=log.digest(),
+            token_ids=run.token_ids,
+            log=log,
+            wall_s=wall_s,
+            simulated_s=simulated_s,
+        )
+
+    return run_virtual(main)
+
+
+def _bench_result(
+    config: RunConfig,
+    workload: Workload,
+    run: WorkloadRun,
+    cluster: Cluster,
+    *,
+    simulated_s: float,
+    wall_s: float,
+    held: dict[str, int],
+    log: EventLog,
+) -> BenchResult:
+    section = config.workload
+    rate = math.inf if section.request_rate == "inf" else section.request_rate
+    return BenchResult(
+        info=RunInfo(
+            date=datetime.now().strftime("%Y%m%d-%H%M%S"),
+            backend="simulated",
+            model_id=config.model.served_model_name,
+            num_prompts=len(workload),
+            request_rate=rate,
+            burstiness=section.burstiness,
+            max_concurrency=section.max_concurrency,
+            workload=workload.name,
+            workload_digest=workload.digest,
+        ),
+        summary=summarize(run.records, duration_s=simulated_s, percentiles=needed_percentiles((99.0,))),
+        records=tuple(run.records),
+        held_at_rest=held,
+        cluster=cluster_figures(cluster) | {"simulated_s": simulated_s, "wall_s": wall_s, "digest": log.digest()},
+    )
+
+
+def cluster_figures(cluster: Cluster) -> dict[str, float | int | str]:
+    """What the cluster has done so far: steps and busy share per instance, bytes per plane, pool."""
+    now_ns = max(1, cluster.clock.now_ns())
+    figures: dict[str, float | int | str] = {}
+    for engine in cluster.all_engines:
+        figures[f"{engine.instance_id} steps"] = engine.num_steps
+        figures[f"{engine.instance_id} busy share"] = engine.busy_ns / now_ns
+    for plane in ("ub", "rdma", "vpc"):
+        figures[f"{plane} bytes"] = cluster.fabric.stats(plane).num_bytes
+    if cluster.pool is not None:
+        figures["pool blocks loaded"] = cluster.pool.num_loaded_blocks
+        figures["pool blocks stored"] = cluster.pool.num_stored_blocks
+    return figures
