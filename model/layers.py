@@ -77,5 +77,5 @@ def apply_rope(x: Tensor, turns: Tensor) -> Tensor:
     """
     if x.ndim == 3:
         turns = turns.unsqueeze(1)
-    pairs = torch.view_as_complex(x.contiguous().view(*x.shape[:-1], -1, 2))
+    pairs = torch.view_as_complex(x.contiguous().view(*x.shape[:-1], x.shape[-1] // 2, 2))
     return torch.view_as_real(pairs * turns).flatten(-2)

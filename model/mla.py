@@ -155,7 +155,8 @@ class LatentAttention:
     def _attend(self, query_input: Tensor, batch: AttentionBatch, latents: Tensor) -> Tensor:
         """(T, n, V) attention of this rank's heads."""
         c = self._config
-        query = F.linear(query_input, self._weights.q_b).view(batch.num_tokens, -1, c.qk_head_dim)
+        num_heads = len(self._weights.q_b) // c.qk_head_dim
+        query = F.linear(query_input, self._weights.q_b).view(batch.num_tokens, num_heads, c.qk_head_dim)
         q_nope, q_pe = query.split_with_sizes([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         q_pe = apply_rope(q_pe, batch.turns)
         return self._form(q_nope, q_pe, latents, batch, self._weights, scale=c.softmax_scale)

@@ -150,13 +150,15 @@ class Frontend:
         return life.stream
 
     async def serve(self, request: Request, *, on_token: TokenSink) -> RequestTimes:
-        """Drive a request to its outcome; one that finds the queue full is rejected, not raised."""
+        """Drive a request to its outcome, which is never raised: rejected if the queue is full, failed if the cluster is."""
         life = Life(request, order=self._next_order())
         life.listener = on_token
         try:
             self._start(life)
         except QueueFull as error:
             self._close(life, OutcomeReason.QUEUE_FULL, str(error))
+        except EngineFailure as failure:
+            self._close(life, OutcomeReason.ERROR, str(failure))
         if life.task is not None:
             await life.task
         return self._times(life)

@@ -5,7 +5,6 @@ CoreError
   UnfitRequest    a request or block that could never be served: says the value and the limit (a ValueError)
   OutOfBlocks     too few free blocks now; the caller queues, preempts or goes elsewhere
   NoSlot          the rank runs as many requests as it may
-  PoolFull        no host of the shared pool has room that is not leased or being written
   LeaseLost       the lease expired or was released before; what was read under it must be thrown away
 
 Owns: the exception classes. An error means that the call changed nothing.
@@ -41,14 +40,6 @@ class NoSlot(CoreError):
         super().__init__(f"rank {rank}: all {max_num_seqs} slots are taken (max_num_seqs)")
         self.rank = rank
         self.max_num_seqs = max_num_seqs
-
-
-class PoolFull(CoreError):
-    """No host can make room for the block."""
-
-    def __init__(self, *, num_bytes: int) -> None:
-        super().__init__(f"shared pool: no host has room for {num_bytes} bytes: all leased or being written")
-        self.num_bytes = num_bytes
 
 
 class LeaseLost(CoreError):

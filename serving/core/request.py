@@ -147,7 +147,8 @@ class Request:
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Known token ids of positions [start, stop): of the prompt, then of the output."""
-        assert self.prompt_token_ids is not None and stop <= self.num_prompt_tokens + len(self.output_token_ids)
+        assert self.prompt_token_ids is not None
+        assert 0 <= start <= stop <= self.num_prompt_tokens + len(self.output_token_ids)
         num_prompt = self.num_prompt_tokens
         return [
             *self.prompt_token_ids[start:stop],
@@ -167,9 +168,13 @@ class Request:
             self.scheduled_ns = now_ns
 
     def start_prefill(self, now_ns: int, *, num_cached_tokens: int = 0, num_pool_tokens: int = 0) -> None:
-        """The first step that computes its tokens begins; `num_cached_tokens` were found in a cache."""
-        if not 0 <= num_cached_tokens < self.num_tokens:
-            raise IllegalCall(f"request {self.request_id}: num_cached_tokens {num_cached_tokens} of {self.num_tokens}")
+        """The first step that computes its tokens begins; `num_cached_tokens` were found in a cache, of these
+        `num_pool_tokens` in the shared pool.
+        """
+        if not 0 <= num_pool_tokens <= num_cached_tokens < self.num_tokens:
+            raise IllegalCall(
+                f"request {self.request_id}: num_cached_tokens {num_cached_tokens} of {self.num_tokens}, num_pool_tokens {num_pool_tokens}"
+            )
         self._move(RequestState.PREFILLING, now_ns)
         if self.scheduled_ns is None:
             self.scheduled_ns = now_ns
@@ -259,6 +264,7 @@ class Request:
         assert self.state.is_terminal == (self.outcome is not None)
         assert 0 <= self.num_output_tokens <= self.max_tokens
         assert len(self.output_token_ids) in (0, self.num_output_tokens)
+        assert 0 <= self.num_pool_tokens <= self.num_cached_tokens
         assert (self.first_token_ns is None) == (self.num_output_tokens == 0)
         assert (self.last_token_ns is None) == (self.first_token_ns is None)
         known = (self.scheduled_ns, self.prefill_start_ns, self.first_token_ns, self.last_token_ns)

@@ -44,7 +44,11 @@ class Room:
 
 
 class Router:
-    """Chooses and reserves. Load is what was placed and not released: known here at once, never scraped."""
+    """Chooses and reserves. Load is what was placed and not released: known here at once, never scraped.
+
+    Ranks are counted over all decode instances in the order of `decode`, drained ones too, so that `Room` keeps its
+    shape. An illegal call raises IllegalCall and changes nothing.
+    """
 
     def __init__(
         self,
@@ -54,18 +58,27 @@ class Router:
         policy: RouterPolicy = "least_loaded",
         rng: np.random.Generator | None = None,
     ) -> None:
-        """`decode` gives the number of ranks per instance. An instance in both is colocated: it takes both parts.
-
-        `rng` is needed by power_of_two.
+        """`decode` gives the number of ranks per instance. If the two name the same instances, these are colocated:
+        each takes both parts of a request. `rng` is needed by power_of_two.
         """
         if policy not in get_args(RouterPolicy):
             raise IllegalCall(f"policy {policy!r} is not one of {', '.join(get_args(RouterPolicy))}")
         if policy == "power_of_two" and rng is None:
             raise IllegalCall("power_of_two needs a generator")
+        if not prefill or len(set(prefill)) != len(prefill):
+            raise IllegalCall(f"prefill instances {list(prefill)} must be distinct, and at least one")
+        if not decode or min(decode.values()) < 1:
+            raise IllegalCall(f"decode instances {dict(decode)} must be at least one, with at least one rank each")
+        if set(prefill) & set(decode) and list(prefill) != list(decode):
+            raise IllegalCall(
+                f"prefill {list(prefill)} and decode {list(decode)} overlap: be the same, or have none in common"
+            )
         self._policy = policy
         self._rng = rng
         self._prefill = list(prefill)
         self._decode = list(decode)
+        self._is_colocated = self._prefill == self._decode
+        self._drained: set[InstanceId] = set()
         self._first_rank = np.concatenate([[0], np.cumsum(list(decode.values()))])
         self._num_requests = np.zeros(int(self._first_rank[-1]), np.int64)  # per decode rank
         self._queued_tokens = dict.fromkeys(self._prefill, 0)  # prompt tokens placed and not yet prefilled
@@ -96,7 +109,7 @@ class Router:
         room: Room,
         num_prefix_tokens: Counts | None = None,
     ) -> Placement | None:
-        """Choose where a request of `num_tokens` tokens runs and count it there; None if no decode rank has room.
+        """Choose where a request of `num_tokens` tokens runs and count it there; None if there is no room for it now.
 
         `room` and `num_blocks` say what is free and needed at the decode ranks, instance after instance.
         `num_prefix_tokens` (prefix_affinity) is the length of the prompt's prefix that each prefill instance, or each
@@ -104,22 +117,34 @@ class Router:
         """
         if request_id in self._placements:
             raise IllegalCall(f"request {request_id} is placed already")
+        if room.free_blocks.shape != self._num_requests.shape or room.free_slots.shape != self._num_requests.shape:
+            raise IllegalCall(
+                f"room of {room.free_blocks.shape} blocks and {room.free_slots.shape} slots "
+                f"for {len(self._num_requests)} decode ranks"
+            )
+        num_prefixes = len(self._num_requests) if self._is_colocated else len(self._prefill)
+        if num_prefix_tokens is not None and num_prefix_tokens.shape != (num_prefixes,):
+            raise IllegalCall(f"num_prefix_tokens of {num_prefix_tokens.shape}, must be ({num_prefixes},)")
         fits = (room.free_blocks >= num_blocks) & (room.free_slots > 0)
-        if fits.shape != self._num_requests.shape:
-            raise IllegalCall(f"room of {fits.shape} for {len(self._num_requests)} decode ranks")
+        for instance_id in self._drained & set(self._decode):
+            fits[self._ranks_of(instance_id)] = False
         ranks = np.flatnonzero(fits)
-        if not len(ranks):
+        prefills = np.array([i for i, name in enumerate(self._prefill) if name not in self._drained], np.int64)
+        if not len(ranks) or not len(prefills):
             return None
-        is_colocated = self._prefill == self._decode
-        if is_colocated and num_prefix_tokens is not None and self._policy == "prefix_affinity":
-            rank = int(ranks[self._by_affinity(self._num_requests[ranks] * num_tokens, num_prefix_tokens[ranks], num_tokens)])
+        if self._is_colocated and num_prefix_tokens is not None and self._policy == "prefix_affinity":
+            # A rank's queue in tokens, as if all its requests were like this one.
+            load = self._num_requests[ranks] * num_tokens
+            rank = int(ranks[self._by_affinity(load, num_prefix_tokens[ranks], num_tokens)])
         else:
             # Fewest requests first; of equals the one with most room, which balances KV space too.
             load = self._num_requests[ranks] * (int(room.free_blocks.max()) + 1) - room.free_blocks[ranks]
             rank = int(ranks[self._choose(load)])
         decode_index = int(np.searchsorted(self._first_rank, rank, side="right")) - 1
         decode = self._decode[decode_index]
-        prefill = decode if is_colocated else self._prefill[self._choose_prefill(num_tokens, num_prefix_tokens)]
+        prefill = decode
+        if not self._is_colocated:
+            prefill = self._prefill[self._choose_prefill(prefills, num_tokens, num_prefix_tokens)]
         self._turn += 1
         placement = Placement(
             request_id=request_id, prefill=prefill, decode=decode, rank=rank - int(self._first_rank[decode_index])
@@ -128,6 +153,27 @@ class Router:
         self._num_requests[rank] += 1
         self._queued_tokens[prefill] += num_tokens
         return placement
+
+    def drain(self, instance_id: InstanceId) -> None:
+        """Place nothing more on an instance; what is placed stays."""
+        if instance_id not in self._prefill and instance_id not in self._decode:
+            raise IllegalCall(f"instance {instance_id} is not one of this router")
+        self._drained.add(instance_id)
+
+    def remove(self, instance_id: InstanceId) -> tuple[RequestId, ...]:
+        """The instance is lost: drain it and release every request that still needs it; returns those requests.
+
+        A request whose prompt is computed does not need its prefill instance any more, unless that also decodes.
+        """
+        self.drain(instance_id)
+        lost = tuple(
+            request_id
+            for request_id, (placement, _, queued) in self._placements.items()
+            if placement.decode == instance_id or (placement.prefill == instance_id and queued)
+        )
+        for request_id in lost:
+            self.release(request_id)
+        return lost
 
     def prefill_done(self, request_id: RequestId) -> None:
         """The prompt is computed: it loads its prefill instance no longer."""
@@ -149,18 +195,27 @@ class Router:
         for placement, rank, num_tokens in self._placements.values():
             num_requests[rank] += 1
             queued[placement.prefill] += num_tokens
-        assert (num_requests == self._num_requests).all() and queued == self._queued_tokens
+            assert placement.request_id in self._placements
+            assert placement.prefill in self._prefill
+            assert self._first_rank[self._decode.index(placement.decode)] + placement.rank == rank
+        assert num_requests.tolist() == self._num_requests.tolist()
+        assert queued == self._queued_tokens
 
     def _placed(self, request_id: RequestId) -> tuple[Placement, int, int]:
         if request_id not in self._placements:
             raise IllegalCall(f"request {request_id} is not placed")
         return self._placements[request_id]
 
-    def _choose_prefill(self, num_tokens: int, num_prefix_tokens: Counts | None) -> int:
-        load = np.array([self._queued_tokens[instance_id] for instance_id in self._prefill], np.int64)
+    def _ranks_of(self, instance_id: InstanceId) -> slice:
+        index = self._decode.index(instance_id)
+        return slice(int(self._first_rank[index]), int(self._first_rank[index + 1]))
+
+    def _choose_prefill(self, prefills: Counts, num_tokens: int, num_prefix_tokens: Counts | None) -> int:
+        """One of `prefills`, indices of prefill instances."""
+        load = np.array([self._queued_tokens[self._prefill[index]] for index in prefills], np.int64)
         if self._policy == "prefix_affinity" and num_prefix_tokens is not None:
-            return self._by_affinity(load, num_prefix_tokens, num_tokens)
-        return self._choose(load)
+            return int(prefills[self._by_affinity(load, num_prefix_tokens[prefills], num_tokens)])
+        return int(prefills[self._choose(load)])
 
     def _choose(self, load: Counts) -> int:
         """Index by the policy; the lowest index of equals."""
@@ -183,16 +238,25 @@ class Router:
         return int(candidates[np.argmin(load[candidates])])
 
 
-def source_prefill_rank(*, prefill_tp_size: int, decode_tp_size: int, decode_dp_size: int, decode_dp_rank: int, decode_tp_rank: int = 0) -> int:
+def source_prefill_rank(
+    *, prefill_tp_size: int, decode_tp_size: int, decode_dp_size: int, decode_dp_rank: int, decode_tp_rank: int = 0
+) -> int:
     """The prefill rank from which a decode rank gets its KV (arXiv 2506.12708 section 4.3.3).
 
     Any prefill rank could serve, since each holds the whole latent KV; the mapping spreads decode ranks over them:
     `ratio = prefill_tp / decode_tp`, `group_size = decode_dp / ratio`, `group = decode_dp_rank // group_size`,
-    `rank = group * decode_tp + decode_tp_rank`. Sizes that do not divide: the groups are as equal as possible,
-    `group = decode_dp_rank * ratio // decode_dp`, which is the same where they divide.
+    `rank = group * decode_tp + decode_tp_rank`.
+
+    Sizes that do not divide: `ratio` is rounded down, which leaves the last prefill ranks unused, and the groups are as
+    equal as possible, `group = decode_dp_rank * ratio // decode_dp`, which is the same where they divide. Where decode
+    is split more than prefill, neighboring decode TP ranks share a source.
     """
-    ratio = max(1, prefill_tp_size // decode_tp_size)
+    if min(prefill_tp_size, decode_tp_size, decode_dp_size) < 1:
+        raise IllegalCall(f"sizes {prefill_tp_size}, {decode_tp_size}, {decode_dp_size} must be at least 1")
     if not 0 <= decode_dp_rank < decode_dp_size or not 0 <= decode_tp_rank < decode_tp_size:
         raise IllegalCall(f"decode rank ({decode_dp_rank}, {decode_tp_rank}) of {decode_dp_size} x {decode_tp_size}")
+    if prefill_tp_size < decode_tp_size:
+        return decode_tp_rank * prefill_tp_size // decode_tp_size
+    ratio = prefill_tp_size // decode_tp_size
     group = decode_dp_rank * ratio // decode_dp_size
-    return min(group * decode_tp_size + decode_tp_rank, prefill_tp_size - 1)
+    return group * decode_tp_size + decode_tp_rank
