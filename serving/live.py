@@ -83,13 +83,15 @@ class LiveRun:
 
     def serve(self, on_ready: Callable[["System"], Awaitable[None] | None]) -> None:
         """Serve until a signal, or until the awaitable that `on_ready` returns is done."""
-        run(self._serve(on_ready), make_clock(self._config))
+        clock = make_clock(self._config)
+        run(self._serve(clock, on_ready), clock)
 
-    async def _serve(self, on_ready: Callable[["System"], Awaitable[None] | None]) -> None:
-        loop_clock = asyncio.get_running_loop().clock  # type: ignore[attr-defined]
+    async def _serve(
+        self, clock: VirtualClock | ScaledClock, on_ready: Callable[["System"], Awaitable[None] | None]
+    ) -> None:
         transport = self.devices.open_transport() if self.devices is not None else None
         try:
-            system = System(self._config, clock=loop_clock, transport=transport, checkpoint=self.checkpoint)
+            system = System(self._config, clock=clock, transport=transport, checkpoint=self.checkpoint)
             system.start()
             stop = asyncio.Event()
             work: asyncio.Future[None] | None = None
