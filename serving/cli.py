@@ -6,6 +6,7 @@ Must not know: how anything is done. Ray and torch are imported by the verbs tha
 
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -130,6 +131,96 @@ def replay(
     settings = load_config(config, overrides or ())
     workload = simulator.load_workload(settings, trace=trace, trace_divisor=trace_divisor)
     _finish(live.replay(settings, workload, address=address).bench, json_file)
+
+
+@app.command()
+def bench(
+    url: Annotated[str, typer.Argument(help="Base URL of an OpenAI-compatible endpoint.", metavar="URL")],
+    backend: Annotated[Literal["openai", "openai-chat"], typer.Option(help="Completions or chat.")] = "openai",
+    model: Annotated[str | None, typer.Option(help="Model to ask for; the first listed if not given.")] = None,
+    num_prompts: Annotated[int, typer.Option(help="Number of requests.", min=1)] = 64,
+    input_len: Annotated[int, typer.Option("--random-input-len", help="Prompt tokens.", min=1)] = 128,
+    output_len: Annotated[int, typer.Option("--random-output-len", help="Output tokens.", min=1)] = 32,
+    range_ratio: Annotated[float, typer.Option("--random-range-ratio", help="Spread of both lengths.")] = 0.0,
+    num_prefixes: Annotated[int, typer.Option(help="Distinct shared prefixes.", min=0)] = 0,
+    prefix_len: Annotated[int, typer.Option("--random-prefix-len", help="Tokens of a shared prefix.", min=0)] = 0,
+    trace: Trace = None,
+    trace_divisor: TraceScale = 1,
+    time_factor: Annotated[float, typer.Option(help="Stretch the arrival times of a trace.")] = 1.0,
+    request_rate: Annotated[float, typer.Option(help="Requests per second; inf sends all at once.")] = math.inf,
+    burstiness: Annotated[float, typer.Option(help="Gamma shape of the arrivals; 1 is Poisson.")] = 1.0,
+    max_concurrency: Annotated[int | None, typer.Option(help="Requests in flight at most.", min=1)] = None,
+    num_warmups: Annotated[int, typer.Option(help="Requests before the measurement.", min=0)] = 0,
+    prompt_format: Annotated[
+        Literal["tokens", "text"] | None, typer.Option(help="Prompts as token ids or text.")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Generate all tokens that are asked for.")] = True,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None,
+    seed: Annotated[int, typer.Option(help="Of prompts and arrivals.", min=0)] = 0,
+    goodput: Annotated[list[str] | None, typer.Option(help="Objectives, such as ttft:200.", metavar="NAME:MS")] = None,
+    percentile_metrics: Annotated[str, typer.Option(help="Metrics in the table.")] = "ttft,tpot,itl",
+    metric_percentiles: Annotated[str, typer.Option(help="Percentiles in the table.")] = "99",
+    cancel_share: Annotated[float, typer.Option(help="Share of requests that the client gives up.")] = 0.0,
+    cancel_delay_s: Annotated[float, typer.Option(help="When it gives them up.")] = 1.0,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Bearer token.")] = None,
+    header: Annotated[list[str] | None, typer.Option(help="Extra header.", metavar="KEY=VALUE")] = None,
+    extra_body: Annotated[str, typer.Option(help="Extra fields of the request, as JSON.")] = "{}",
+    ready_check_timeout_sec: Annotated[float, typer.Option(help="Wait so long for the endpoint.")] = 60.0,
+    json_file: Json = None,
+    disable_tqdm: Annotated[bool, typer.Option("--disable-tqdm", help="No progress bar.")] = False,
+) -> None:
+    """Measure any OpenAI-compatible endpoint; options and table are those of `vllm bench serve`."""
+    from serving.bench import run_bench_until_interrupt
+    from serving.bench_config import BenchConfig, parse_metrics, parse_pairs, parse_percentiles
+    from serving.records import parse_goodput
+    from serving.traces import TraceOptions, load_trace
+    from serving.workload import synthetic_workload
+
+    try:
+        body = json.loads(extra_body)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--extra-body: not valid JSON: {error}") from None
+    settings = BenchConfig(
+        base_url=url,
+        backend=backend,
+        model=model,
+        api_key=api_key,
+        headers=parse_pairs("--header", header or []),
+        extra_body=body,
+        replay=trace is not None,
+        time_factor=time_factor,
+        request_rate=request_rate,
+        burstiness=burstiness,
+        max_concurrency=max_concurrency,
+        prompt_format=prompt_format,
+        ignore_eos=ignore_eos,
+        temperature=temperature,
+        top_p=top_p,
+        num_warmups=num_warmups,
+        ready_check_timeout_s=ready_check_timeout_sec,
+        cancel_share=cancel_share,
+        cancel_delay_s=cancel_delay_s,
+        seed=seed,
+        percentile_metrics=parse_metrics(percentile_metrics),
+        metric_percentiles=parse_percentiles(metric_percentiles),
+        goodput=parse_goodput(goodput or []),
+        disable_tqdm=disable_tqdm or None,
+    )
+    if trace is not None:
+        workload = load_trace(trace, TraceOptions(length_divisor=trace_divisor, seed=seed))
+        workload = workload.limited(num_requests=num_prompts)
+    else:
+        workload = synthetic_workload(
+            num_requests=num_prompts,
+            input_len=input_len,
+            output_len=output_len,
+            range_ratio=range_ratio,
+            num_prefixes=num_prefixes,
+            prefix_len=prefix_len,
+            seed=seed,
+        )
+    _finish(run_bench_until_interrupt(settings, workload), json_file)
 
 
 @app.command()

@@ -173,7 +173,8 @@ class Request:
         """
         if not 0 <= num_pool_tokens <= num_cached_tokens < self.num_tokens:
             raise IllegalCall(
-                f"request {self.request_id}: num_cached_tokens {num_cached_tokens} of {self.num_tokens}, num_pool_tokens {num_pool_tokens}"
+                f"request {self.request_id}: num_cached_tokens {num_cached_tokens}, of these num_pool_tokens "
+                f"{num_pool_tokens}, of {self.num_tokens} tokens"
             )
         self._move(RequestState.PREFILLING, now_ns)
         if self.scheduled_ns is None:

@@ -117,6 +117,8 @@ class Router:
         """
         if request_id in self._placements:
             raise IllegalCall(f"request {request_id} is placed already")
+        if num_tokens < 1 or num_blocks < 0:
+            raise IllegalCall(f"request {request_id}: {num_tokens} tokens, {num_blocks} blocks")
         if room.free_blocks.shape != self._num_requests.shape or room.free_slots.shape != self._num_requests.shape:
             raise IllegalCall(
                 f"room of {room.free_blocks.shape} blocks and {room.free_slots.shape} slots "
