@@ -58,6 +58,5 @@ def chat_pieces(messages: Sequence[Message], *, add_generation_prompt: bool = Tr
 
 
 def render_chat(messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-    """The prompt as one string, for people to read. Encode with Tokenizer.encode_chat, which cannot be
-    forged."""
+    """The prompt as one string, for people to read. Encode with Tokenizer.encode_chat, which cannot be forged."""
     return "".join(text for text, _ in chat_pieces(messages, add_generation_prompt=add_generation_prompt))

@@ -31,8 +31,7 @@ class AllToAll:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AllGather:
-    """Send `rows` (n, width) to every rank. The reply's entry s is the rows of rank s; n may differ between
-    ranks."""
+    """Send `rows` (n, width) to every rank. The reply's entry s is the rows of rank s; n may differ between ranks."""
 
     rows: Tensor
 

@@ -213,8 +213,7 @@ class ModelConfig:
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention temperature for one context extension factor. Source: YaRN paper, eq. 22, as in
-    DeepSeek-V3."""
+    """YaRN's attention temperature for one context extension factor. Source: YaRN paper, eq. 22, as in DeepSeek-V3."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 

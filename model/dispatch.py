@@ -18,7 +18,9 @@ Combine returns H x float32 per copy, in the order in which dispatch sent it.
 from collections.abc import Generator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.collectives import AllToAll, Collective, Reply
@@ -43,9 +45,9 @@ class Received:
 class ExpertExchange:
     """Dispatch and combine of one layer on one rank."""
 
-    def __init__(self, config: ModelConfig, layout: RankLayout, physical_to_logical: object) -> None:
+    def __init__(self, config: ModelConfig, layout: RankLayout, physical_to_logical: NDArray[np.int64]) -> None:
         is_dispatched = layout.shared_expert == "dispatched"
-        slots, num_copies = copy_table(physical_to_logical, config.n_routed_experts + is_dispatched)  # type: ignore[arg-type]
+        slots, num_copies = copy_table(physical_to_logical, config.n_routed_experts + is_dispatched)
         self._layout = layout
         self._shared_id = config.n_routed_experts if is_dispatched else None
         self._slots = torch.from_numpy(slots)
@@ -67,8 +69,7 @@ class ExpertExchange:
         return self._slots[experts, turn % self._num_copies[experts]]
 
     def dispatch(self, x: Tensor, experts: Tensor) -> Generator[Collective, Reply, Received]:
-        """Send the copies of this rank's tokens x (t, H) to their experts (t, K); receive the copies of all
-        ranks."""
+        """Send the copies of this rank's tokens x (t, H) to their experts (t, K); receive the copies of all ranks."""
         layout = self._layout
         assert len(x) <= layout.max_local_tokens, f"{len(x)} tokens exceed the buffers' {layout.max_local_tokens}"
         slots = self.physical_slots(experts)
@@ -98,10 +99,9 @@ class ExpertExchange:
         reply = yield AllToAll(list(outputs.split_with_sizes(received.source_counts)))
         returned = torch.cat(reply)
         copies = torch.empty_like(returned).index_copy_(0, received.sent_order, returned)
-        by_token = copies.view(received.num_tokens, -1, self._hidden_size) if len(copies) else None
+        num_copies = expert_weights.shape[1] + (self._shared_id is not None)
+        by_token = copies.view(received.num_tokens, num_copies, self._hidden_size)
         total = outputs.new_zeros(received.num_tokens, self._hidden_size)
-        if by_token is None:
-            return total
         for k in range(expert_weights.shape[1]):
             total.addcmul_(by_token[:, k], expert_weights[:, k : k + 1])
         return total if self._shared_id is None else total + by_token[:, -1]

@@ -33,11 +33,10 @@ class RankLayout:
     """The place of one rank in its instance. Ranks of an instance differ in `rank` only.
 
     attention: "data_parallel" (decode, colocated): each rank serves its own requests with all heads.
-    "sequence_tensor" (prefill):
-      all ranks serve one packed batch; projections are split by sequence, attention by heads (SP-TP-SP).
+      "sequence_tensor" (prefill): all ranks serve one packed batch; projections are split by sequence,
+      attention by heads (SP-TP-SP).
     physical_to_logical: (num_moe_layers, num_physical) logical expert of each slot; n_routed_experts stands
-    for the shared
-      expert, which occupies slots only if shared_expert is "dispatched".
+      for the shared expert, which occupies slots only if shared_expert is "dispatched".
     max_num_tokens: most tokens of one StepInput; bounds the static buffers.
     """
 
@@ -97,8 +96,7 @@ class RankLayout:
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def copies_per_token(self, config: ModelConfig) -> int:
-        """Copies of one token that dispatch sends: its experts, and the shared expert if that is
-        dispatched."""
+        """Copies of one token that dispatch sends: its experts, and the shared expert if that is dispatched."""
         return config.num_experts_per_tok + (self.shared_expert == "dispatched")
 
     def max_rows_per_peer(self, config: ModelConfig) -> int:

@@ -6,14 +6,14 @@ Source: DeepSeek-V2 (arXiv 2405.04434) section 2.1 and DeepSeek-V3's inference c
 of arXiv 2506.12708 section 4.3.1 for prefill.
 
 naive     expands every cached latent to keys (D + R) and values (V) of each head: fewest FLOPs for many
-queries. absorbed  moves W_UK to the query and W_UV behind the softmax and attends over the latents
-themselves, one key-value head for
-          all query heads: fewest bytes for few queries, which is decode.
+          queries, which is prefill.
+absorbed  moves W_UK to the query and W_UV behind the softmax and attends over the latents themselves, one
+          key-value head for all query heads: fewest bytes for few queries, which is decode.
 """
 
-# Shapes: T tokens of the step, t tokens of this rank's slice, H hidden_size, N heads, n heads of this rank, D
-# qk_nope_head_dim, R qk_rope_head_dim, C kv_lora_rank, V v_head_dim, X query input (q_lora_rank or H) r
-# pieces, q queries per piece, K context slots per piece of one query group
+# Shapes: T tokens of the step, t tokens of this rank's slice, H hidden_size, N heads, n heads of this rank,
+#         D qk_nope_head_dim, R qk_rope_head_dim, C kv_lora_rank, V v_head_dim, X query input (q_lora_rank or H)
+#         r pieces, q queries per piece, K context slots per piece of one query group
 
 from collections.abc import Generator
 from itertools import pairwise
@@ -44,8 +44,7 @@ class AttentionForm(Protocol):
         *,
         scale: float,
     ) -> Tensor:
-        """(T, n, V) from q_nope (T, n, D), q_pe (T, n, R) and the layer's cache slots `latents` (B S, C +
-        R)."""
+        """(T, n, V) from q_nope (T, n, D), q_pe (T, n, R) and the layer's cache slots `latents` (B S, C + R)."""
 
 
 def attend_naive(

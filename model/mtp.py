@@ -6,8 +6,7 @@ Source: DeepSeek-V3 (arXiv 2412.19437) section 2.2; vLLM's and transformers' rea
 embedding comes first in eh_proj's input, and the hidden state is the main model's after its final norm.
 
     position p:   hidden state of p  ---- hnorm ---\\
-                                                     eh_proj -> decoder block -> head norm -> lm_head -> token
-                                                     at p + 2
+                                                     eh_proj -> block -> head norm -> lm_head -> token at p + 2
     token at p + 1:     embedding    ---- enorm ---/
 """
 
@@ -31,8 +30,7 @@ from model.transformer import Block
 
 
 class MtpModule:
-    """MTP module number `index` on one rank. Its latents go to layer num_hidden_layers + index of the
-    cache."""
+    """MTP module number `index` on one rank. Its latents go to layer num_hidden_layers + index of the cache."""
 
     def __init__(
         self, config: ModelConfig, layout: RankLayout, weights: RankWeights, cache: LatentCache, *, index: int = 0

@@ -127,8 +127,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepOutput:
-    """What one rank sampled. With sequence_tensor attention a rank answers only for the samples in its
-    slice."""
+    """What one rank sampled. With sequence_tensor attention a rank answers only for the samples in its slice."""
 
     sample_ids: NDArray[np.int32]  # (s,) index into the S samples of the StepInput
     token_ids: NDArray[np.int64]  # (s,)
@@ -157,7 +156,6 @@ _STEP_DTYPES: dict[str, type[np.generic]] = {
 
 
 def _set_dtypes(batch: object, dtypes: dict[str, type[np.generic]]) -> None:
-    """Bring the arrays of a frozen batch to their declared dtype while it is being made (no copy if it has
-    it)."""
+    """Bring the arrays of a frozen batch to their declared dtype while it is being made (no copy if it has it)."""
     for name, dtype in dtypes.items():
         object.__setattr__(batch, name, np.asarray(getattr(batch, name), dtype))

@@ -58,8 +58,7 @@ class Tokenizer:
 
     @classmethod
     def byte_level(cls, vocab_size: int) -> "Tokenizer":
-        """The mini models' vocabulary: control tokens, the 256 bytes in order, then placeholders up to
-        `vocab_size`."""
+        """The mini models' vocabulary: control tokens, the 256 bytes in order, then placeholders up to `vocab_size`."""
         if vocab_size < MIN_VOCAB_SIZE:
             raise TokenizerError(
                 f"vocab_size: {vocab_size} is below {MIN_VOCAB_SIZE}, control tokens and bytes do not fit"
@@ -102,8 +101,7 @@ class Tokenizer:
         return self._control_ids[name]
 
     def encode(self, text: str, *, add_bos: bool = False, parse_control: bool = False) -> list[int]:
-        """Token ids of `text`; see the module's rule for control tokens. Raises TokenizerError for lone
-        surrogates."""
+        """Token ids of `text`; see the module's rule for control tokens. Raises TokenizerError for lone surrogates."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -172,8 +170,7 @@ class TextStream:
 
 
 def _bytes_by_char() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others are moved to U+0100 and above, in
-    order."""
+    """GPT-2's alphabet: printable bytes stand for themselves, the others are moved to U+0100 and above, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(_NUM_BYTES) if byte not in printable]
     table = {chr(byte): byte for byte in printable}

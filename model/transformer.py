@@ -41,8 +41,7 @@ class Block:
         layer: int,
         form: AttentionForm | None = None,
     ) -> None:
-        """`layer` counts over the whole model; MTP modules come after the last layer and use its
-        placement."""
+        """`layer` counts over the whole model; MTP modules come after the last layer and use its placement."""
         self._eps = config.rms_norm_eps
         self._weights = weights
         self._layer = layer
@@ -55,8 +54,7 @@ class Block:
     def forward(
         self, hidden: Tensor, batch: AttentionBatch, cache: LatentCache
     ) -> Generator[Collective, Reply, tuple[Tensor, Tensor | None]]:
-        """Hidden state (t, H) after the block, and the experts (t, K) chosen in it (None in a dense
-        block)."""
+        """Hidden state (t, H) after the block, and the experts (t, K) chosen in it (None in a dense block)."""
         w = self._weights
         normed = rms_norm(hidden, w.input_norm, self._eps)
         hidden = hidden + (yield from self._attention.forward(normed, batch, cache.layer(self._layer)))

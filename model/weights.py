@@ -77,6 +77,7 @@ def load_rank_weights(
     embedding_shape = (config.vocab_size, config.hidden_size)
     embedding = files.read("model.embed_tokens.weight", embedding_shape)
     reader = _BlockReader(files, config, layout)
+    assert config.num_moe_layers or not with_mtp, "an MTP module's placement is that of the last mixture layer"
     num_mtp = config.num_nextn_predict_layers if with_mtp else 0
     first_mtp = config.num_hidden_layers
     return RankWeights(

@@ -51,8 +51,7 @@ class WeightBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorFlops:
-    """FLOPs of each operator of one layer. Per token, except where the name says per token and context
-    token."""
+    """FLOPs of each operator of one layer. Per token, except where the name says per token and context token."""
 
     q_a: int  # hidden -> q latent (0 when q_lora_rank is None)
     q_b: int  # q latent (or hidden) -> all heads
@@ -185,8 +184,7 @@ def operator_flops(config: ModelConfig) -> OperatorFlops:
 
 
 def dispatch_message_bytes(config: ModelConfig, *, quantized: bool = True) -> int:
-    """One token copy on its way to an expert: INT8 payload and padded scale, or BF16 payload. 7.5 KiB for
-    R1."""
+    """One token copy on its way to an expert: INT8 payload and padded scale, or BF16 payload. 7.5 KiB for R1."""
     return config.hidden_size + SCALE_BYTES if quantized else 2 * config.hidden_size
 
 

@@ -2,8 +2,8 @@
 
 Owns: the balancing of one instance's experts, as a pure function of measured loads.
 Must not know: weights, when to rebalance, how a token chooses among copies.
-Source: DeepSeek's EPLB (github.com/deepseek-ai/EPLB), hierarchical and global; with num_shared_copies, the decode layout
-of arXiv 2506.12708 section 4.1, in which copies of the shared expert occupy slots like any other expert.
+Source: DeepSeek's EPLB (github.com/deepseek-ai/EPLB), hierarchical and global. With shared copies, the decode layout of
+arXiv 2506.12708 section 4.1, in which copies of the shared expert occupy slots like any other expert.
 
 Shapes: L layers, E logical experts (routed), P physical slots, R ranks; slot p is on rank p // (P / R).
 """
@@ -68,9 +68,9 @@ def balanced_placement(
     groups: 1. groups to nodes, 2. redundant copies inside each node, 3. copies to ranks. If they do not, steps 2 and 3
     are done over all nodes at once.
 
-    With shared copies the policy is the global one. They are dealt evenly over the ranks, take the last slots there, and
-    each weighs as much as the average copy of a routed expert. A layer without any load is taken as uniformly loaded.
-    Raises UnfitRequest if sizes do not divide.
+    With shared copies the policy is the global one. They are dealt evenly over the ranks, take the last slots there,
+    and each weighs as much as the average copy of a routed expert. A layer without any load is taken as uniformly
+    loaded. Raises UnfitRequest if sizes do not divide.
     """
     loads = np.asarray(load, np.float64)
     if loads.ndim != 2 or not loads.size or not np.isfinite(loads).all() or (loads < 0).any():
@@ -96,7 +96,8 @@ def _check_sizes(
         raise UnfitRequest(f"num_physical: {num_physical} slots do not divide over {num_ranks} ranks")
     if num_physical - num_shared_copies < num_experts:
         raise UnfitRequest(
-            f"num_physical: {num_physical} slots less {num_shared_copies} shared copies do not hold {num_experts} experts"
+            f"num_physical: {num_physical} slots less {num_shared_copies} shared copies cannot hold "
+            f"{num_experts} experts"
         )
     if num_experts % num_groups:
         raise UnfitRequest(f"num_groups: {num_groups} groups do not divide {num_experts} experts")

@@ -1,0 +1,71 @@
+"""Event log: one digest for one history."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from serving.core.errors import IllegalCall
+from serving.core.event_log import Event, EventLog
+
+
+def filled(*events):
+    log = EventLog(keep=True)
+    for now_ns, kind, subject, details in events:
+        log.append(now_ns, kind, subject, **details)
+    log.check_invariants()
+    return log
+
+
+def test_the_digest_is_that_of_the_events_written_out():
+    log = filled((5, "place", "r0", {"rank": 3, "decode": "decode-0"}), (5, "step", "prefill-0", {}))
+    text = "(5, 'place', 'r0', (('decode', 'decode-0'), ('rank', 3)))\n(5, 'step', 'prefill-0', ())\n"
+    assert log.digest() == hashlib.sha256(text.encode()).hexdigest()
+    assert log.events == [
+        Event(5, "place", "r0", (("decode", "decode-0"), ("rank", 3))),
+        Event(5, "step", "prefill-0", ()),
+    ]
+
+
+def test_keeping_events_does_not_change_the_digest():
+    kept, lean = EventLog(keep=True), EventLog()
+    for log in (kept, lean):
+        log.append(1, "a", "x", n=1)
+    assert kept.digest() == lean.digest()
+    assert (lean.events, lean.num_events) == ([], 1)
+    lean.check_invariants()
+
+
+def test_numpy_integers_count_as_integers_and_the_order_of_details_does_not_matter():
+    plain = filled((1, "a", "x", {"n": 7, "m": "s"}))
+    numpy = filled((np.int64(1), "a", "x", {"m": "s", "n": np.int32(7)}))
+    assert plain.digest() == numpy.digest()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        [(2, "a", "x", {}), (2, "b", "y", {})],
+        [(1, "b", "y", {}), (1, "a", "x", {})],
+        [(1, "a", "x", {})],
+        [(1, "a", "x", {}), (1, "b", "z", {})],
+        [(1, "a", "x", {"n": 1}), (1, "b", "y", {})],
+        [(1, "a", "x', ())\n(1, 'b', 'y", {})],
+    ],
+)
+def test_another_history_has_another_digest(other):
+    assert filled(*other).digest() != filled((1, "a", "x", {}), (1, "b", "y", {})).digest()
+
+
+def test_an_integer_is_not_the_string_that_prints_like_it():
+    assert filled((1, "a", "x", {"n": 1})).digest() != filled((1, "a", "x", {"n": "1"})).digest()
+
+
+@pytest.mark.parametrize("value", [1.5, None, (1,), np.float64(2)])
+def test_details_of_other_types_are_refused_and_nothing_is_noted(value):
+    log = filled((1, "a", "x", {}))
+    before = log.digest()
+    with pytest.raises(IllegalCall):
+        log.append(2, "b", "y", n=value)
+    assert (log.digest(), log.num_events) == (before, 1)
+    log.check_invariants()
