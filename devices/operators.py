@@ -69,6 +69,8 @@ class Operators:
         self._ub_port_bytes_per_s = ub.die_port_bytes_per_s
         self._ub_write_bytes_per_s = ub.paths["npu_npu", "write", "inter"].bytes_per_s
         self._ub_latency_s = ub.paths["npu_npu", "write", "inter"].latency_ns * 1e-9
+        self._dispatch_fixed_s = self._fixed_s(TABLE_7_DISPATCH_US, TABLE_7_DISPATCH_BYTES)
+        self._combine_fixed_s = self._fixed_s(TABLE_7_COMBINE_US, TABLE_7_COMBINE_BYTES)
 
     def absorbed_attention(self, tokens: Tokens, context: Tokens, kv: Tokens, share: Share) -> dict[str, Seconds]:
         """MLA in latent space: MLAProlog, fused attention, O_proj (arXiv 2506.12708, section 4.2.2)."""
@@ -172,13 +174,11 @@ class Operators:
 
     def dispatch(self, tokens: float, share: Share) -> float:
         """FusedDispatch of `tokens` per rank: table 7's latency with its wire time scaled to these tokens."""
-        message = work.dispatch_message_bytes(self._config)
-        return self._fused(tokens, message, TABLE_7_DISPATCH_US, TABLE_7_DISPATCH_BYTES, share)
+        return self._fused(tokens, work.dispatch_message_bytes(self._config), self._dispatch_fixed_s, share)
 
     def combine(self, tokens: float, share: Share) -> float:
         """FusedCombine, the same way."""
-        message = work.combine_message_bytes(self._config)
-        return self._fused(tokens, message, TABLE_7_COMBINE_US, TABLE_7_COMBINE_BYTES, share)
+        return self._fused(tokens, work.combine_message_bytes(self._config), self._combine_fixed_s, share)
 
     def bulk_dispatch(self, tokens: float) -> float:
         """All-to-all of prefill over SDMA; the hottest die receives `imbalance` times the mean."""
@@ -255,14 +255,14 @@ class Operators:
         shared = self._config.n_shared_experts if self._deployment.num_shared_slots else 0
         return tokens * (self._config.num_experts_per_tok + shared)
 
-    def _fused(
-        self, tokens: float, message_bytes: int, table_us: tuple[float, ...], table_bytes: int, share: Share
-    ) -> float:
-        ep = self._deployment.ep
-        if ep == 1:
+    def _fixed_s(self, table_us: tuple[float, ...], table_bytes: int) -> float:
+        """What of table 7's latency does not depend on the bytes, at this EP degree."""
+        latency_s = float(np.interp(math.log2(self._deployment.ep), np.log2(TABLE_7_EP), table_us)) * 1e-6
+        return latency_s - TABLE_7_TOKENS * TABLE_7_TOPK * table_bytes / TABLE_7_WRITE_BYTES_PER_S
+
+    def _fused(self, tokens: float, message_bytes: int, fixed_s: float, share: Share) -> float:
+        if self._deployment.ep == 1:
             return 0.0
-        latency_s = float(np.interp(math.log2(ep), np.log2(TABLE_7_EP), table_us)) * 1e-6
-        fixed_s = latency_s - TABLE_7_TOKENS * TABLE_7_TOPK * table_bytes / TABLE_7_WRITE_BYTES_PER_S
         drive = min(1.0, 0.95 * self._num_aiv * share.aiv / self._rates.aivs_for_95_percent)
         return fixed_s + self._num_copies(tokens) * message_bytes / (self._ub_write_bytes_per_s * drive)
 

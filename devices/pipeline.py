@@ -102,12 +102,13 @@ class StepTimeModel:
         samples, seqs = float(work.num_samples.max()), float(work.num_seqs.max())
         parts["lm_head"] = self._operators.lm_head(samples, split=head_split)
         parts["sampling"] = self._operators.sampling(samples)
-        parts["mtp"] = self._num_speculative_tokens * (
-            _total(plain_layer)
-            + self._operators.mtp_projection(max_tokens)
-            + self._operators.lm_head(seqs, split=head_split)
-            + self._operators.sampling(seqs)
-        )
+        if self._num_speculative_tokens:
+            parts["mtp"] = self._num_speculative_tokens * (
+                _total(plain_layer)
+                + self._operators.mtp_projection(max_tokens)
+                + self._operators.lm_head(seqs, split=head_split)
+                + self._operators.sampling(seqs)
+            )
         parts["launch"] = (1 + self._num_speculative_tokens) * self._rates.graph_launch_s
         return _to_step_time(parts)
 

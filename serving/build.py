@@ -197,7 +197,7 @@ def _charge(config: RunConfig, role: Role) -> Callable[[ScheduledBatch], StepTim
                 num_tokens=batch.sum_by_rank(scheduled),
                 num_context_tokens=batch.sum_by_rank(context),
                 num_kv_tokens=batch.sum_by_rank(end),
-                num_seqs=np.diff(batch.rank_starts),
+                num_seqs=batch.rank_starts[1:] - batch.rank_starts[:-1],
                 num_samples=batch.sum_by_rank(batch.samples),
             )
         )

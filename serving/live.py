@@ -208,6 +208,8 @@ def run_once(
             nonlocal bench
             bench = await _bench_in_child(bench_config(config, live.url), workload)
             figures.update(cluster_figures(system.cluster))
+            if live.devices is not None:
+                figures.update(await live.devices.step_figures())
             figures["simulated_s"] = system.clock.now_ns() / 1e9
             figures["lag_s"] = system.clock.lag_ns / 1e9
 

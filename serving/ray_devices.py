@@ -18,7 +18,7 @@ from serving.ray_cluster import Placed, RayCluster
 from serving.session import Session
 from serving.shared_memory import WindowGroupSpec
 from serving.transport import WorkerTransport
-from serving.worker import NpuWorkerPlan
+from serving.worker import NpuWorkerPlan, StepTimes
 
 
 def checkpoint_directory(config: RunConfig, session: Session) -> Path:
@@ -94,6 +94,19 @@ class RayDevices:
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
+
+    async def step_figures(self) -> dict[str, float]:
+        """Real milliseconds of a mean step per instance, of the slowest worker: wall, in exchanges, CPU."""
+        figures = {}
+        for instance_id, plans in self._workers.items():
+            calls = [self._channels[plan.worker_id, "data"].call("step_times") for plan in plans]
+            times: list[StepTimes] = await asyncio.gather(*calls)
+            slowest = max(times, key=lambda entry: entry.wall_ns)
+            steps = max(1, slowest.num_steps)
+            figures[f"{instance_id} ms/step wall"] = slowest.wall_ns / steps / 1e6
+            figures[f"{instance_id} ms/step exchange"] = slowest.exchange_ns / steps / 1e6
+            figures[f"{instance_id} ms/step CPU"] = slowest.cpu_ns / steps / 1e6
+        return figures
 
     def close(self) -> None:
         """End every actor and, if it is ours, Ray."""

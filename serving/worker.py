@@ -10,6 +10,7 @@ RDMA and one-sided UB transfers are; the other side takes no decision and its st
 
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from devices.host import Host, HostStats
 from devices.npu import Npu, NpuStats
 from devices.spec import NpuSpec
-from model.collectives import Exchange, exchange_in_process, run_lockstep
+from model.collectives import Collective, Exchange, Reply, exchange_in_process, run_lockstep
 from model.config import ModelConfig
 from model.layout import RankLayout
 from model.step import StepInput, StepOutput
@@ -75,6 +76,16 @@ class HostPlan:
     host_id: int
     dram_bytes: int
     block_bytes: int  # as charged
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Real time of a worker's steps, in total: wall, of it inside exchanges (waiting included), and CPU."""
+
+    num_steps: int = 0
+    wall_ns: int = 0
+    exchange_ns: int = 0
+    cpu_ns: int = 0
 
 
 class Peers(Protocol):
@@ -132,7 +143,7 @@ class _Served:
 class NpuWorker(_Served):
     """NPUs of one instance. Without `listen` it is used in this process, through `peers`."""
 
-    METHODS = ("step", "read_blocks", "pull_blocks", "load_blocks", "store_blocks", "stats", "close_exchange")
+    METHODS = ("step", "read_blocks", "pull_blocks", "load_blocks", "store_blocks", "stats", "step_times", "close_exchange")
 
     def __init__(
         self,
@@ -154,6 +165,7 @@ class NpuWorker(_Served):
                 self._place[rank_plan.layout.rank] = (npu, die)
             self._npus.append(npu)
         self._exchange: Exchange = exchange_in_process
+        self._times = StepTimes()
         self._open_group: Any = None
         self._peers = peers or SocketPeers(authkey)
         super().__init__(listen, authkey)  # last: from here on others may call
@@ -187,11 +199,26 @@ class NpuWorker(_Served):
 
     def step(self, inputs: Sequence[StepInput], charged_ns: int) -> list[StepOutput]:
         """One step of the local ranks, in rank order, together with the group's other workers."""
+        start_ns, start_cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
         generators = []
         for npu in self._npus:
             own, inputs = inputs[: npu.num_dies], inputs[npu.num_dies :]
             generators += npu.forward(own, charged_ns=charged_ns)
-        return run_lockstep(generators, exchange=self._exchange)
+        outputs = run_lockstep(generators, exchange=self._timed_exchange)
+        self._times.num_steps += 1
+        self._times.wall_ns += time.perf_counter_ns() - start_ns
+        self._times.cpu_ns += time.thread_time_ns() - start_cpu_ns
+        return outputs
+
+    def step_times(self) -> "StepTimes":
+        """Where the steps' real time went so far."""
+        return self._times
+
+    def _timed_exchange(self, collectives: Sequence[Collective]) -> Sequence[Reply]:
+        start_ns = time.perf_counter_ns()
+        replies = self._exchange(collectives)
+        self._times.exchange_ns += time.perf_counter_ns() - start_ns
+        return replies
 
     def read_blocks(self, rank: int, block_ids: BlockIds) -> NDArray[np.float32]:
         """Cache blocks of one rank."""

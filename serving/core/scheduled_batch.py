@@ -87,7 +87,8 @@ class ScheduledBatch:
         """Sum of one value per row over each rank's rows, shape (num_ranks,); exact, 0 for an idle rank."""
         sums = np.zeros(self.num_rows + 1, dtype=np.int64)
         np.cumsum(values, dtype=np.int64, out=sums[1:])
-        by_rank: Counts = np.diff(sums[self.rank_starts])
+        at_starts = sums[self.rank_starts]
+        by_rank: Counts = at_starts[1:] - at_starts[:-1]  # np.diff, of which half the cost is checking arguments
         return by_rank
 
 

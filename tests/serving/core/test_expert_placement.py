@@ -52,6 +52,12 @@ def test_a_copy_of_the_hot_expert_is_made_and_balance_improves():
     assert with_copies.rank_loads(load).tolist() == [[7.0, 5.0]]
 
 
+def test_a_shared_copy_weighs_on_its_rank():
+    placement = balanced_placement(np.full((1, 5), 3.0), num_physical=6, num_ranks=2, num_shared_copies=1)
+    assert placement.physical_to_logical.tolist() == [[0, 1, 3, 2, 4, 5]]
+    assert placement.rank_loads(np.full((1, 6), 3.0)).tolist() == [[9.0, 9.0]]
+
+
 def test_a_layer_without_load_counts_as_uniformly_loaded():
     idle = balanced_placement(np.zeros((1, 4)), num_physical=8, num_ranks=2)
     assert idle.num_copies.tolist() == [[2, 2, 2, 2]]
