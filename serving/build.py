@@ -15,12 +15,13 @@ from devices.fabric import Endpoint, Fabric
 from devices.pipeline import DEFAULT_IMBALANCE, StepTime, StepTimeModel, StepWork
 from devices.rates import ExpertDeployment
 from model import work
-from model.layout import RankLayout, make_layouts, uniform_placement
+from model.layout import RankLayout, make_layouts
 from serving.arrivals import generator_for
 from serving.cluster import Cluster
 from serving.config import Role, RunConfig
 from serving.core.batch_scheduler import BatchScheduler
 from serving.core.event_log import EventLog
+from serving.core.expert_placement import balanced_placement, uniform_load
 from serving.core.ids import InstanceId
 from serving.core.pool_index import PoolIndex
 from serving.core.request import Request
@@ -112,7 +113,7 @@ def build_cluster(
             )
         )
     pool = None
-    if config.kv_pool.enabled and config.disaggregated:
+    if config.kv_pool.enabled:
         hosts = host_endpoints(config, fabric)
         pool = KvPool(
             index=PoolIndex(
@@ -251,7 +252,7 @@ def npu_worker_plans(config: RunConfig, checkpoint: Path) -> dict[InstanceId, li
 
 def host_plans(config: RunConfig) -> list[HostPlan]:
     """Workers of the pool's hosts."""
-    if not (config.kv_pool.enabled and config.disaggregated):
+    if not config.kv_pool.enabled:
         return []
     return [
         HostPlan(
@@ -280,18 +281,17 @@ def exchange_window_bytes(config: RunConfig, layout: RankLayout) -> int:
 def rank_layouts(config: RunConfig, role: Role) -> Sequence[RankLayout]:
     """The layouts of one instance's ranks, experts placed for a uniform load."""
     section, shape = config.instances[role], config.shape
-    dispatched = section.shared_expert == "dispatched"
-    placement = uniform_placement(
-        shape,
-        world_size=config.world_size(role),
-        num_redundant=section.num_redundant_experts,
-        num_shared=section.num_shared_expert_copies if dispatched else 0,
+    placement = balanced_placement(
+        uniform_load(shape.num_moe_layers, shape.n_routed_experts),
+        num_physical=config.num_physical_experts(role),
+        num_ranks=config.world_size(role),
+        num_shared_copies=section.num_shared_expert_copies if section.shared_expert == "dispatched" else 0,
     )
     return make_layouts(
         shape,
         world_size=config.world_size(role),
         attention="sequence_tensor" if role == "prefill" else "data_parallel",
-        physical_to_logical=placement,
+        physical_to_logical=placement.physical_to_logical,
         shared_expert=section.shared_expert,
         dispatch_dtype=config.model.dispatch_dtype,
         max_num_tokens=section.max_num_batched_tokens,

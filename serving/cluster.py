@@ -7,6 +7,7 @@ Must not know: HTTP, Ray, whether time is virtual or shards make tensors: it is 
 
 import asyncio
 import functools
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,16 @@ class Placed:
             await self.decode_hold.released.wait()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvTransfer:
+    """One hand-over of latent KV, for metrics."""
+
+    instance_id: InstanceId  # that received it
+    num_bytes: int  # as charged
+    simulated_ns: int
+    wall_ns: int
+
+
 class Cluster:
     """Everything between the frontend and the devices."""
 
@@ -101,7 +112,7 @@ class Cluster:
         self.pool = pool
         self.fabric = fabric
         self.on_capacity: Callable[[], None] = lambda: None
-        self.on_kv_transfer: Callable[[int, int], None] = lambda num_bytes, ns: None
+        self.on_kv_transfer: Callable[[KvTransfer], None] = lambda transfer: None
         self._transport = transport
         self._dies = dies
         self._kv_bytes_per_token = kv_bytes_per_token
@@ -298,7 +309,7 @@ class Cluster:
                 first=first,
                 blocks=load.block_ids,
                 target=target,
-                dies=self._dies[instance_id],
+                dies=self._pool_dies(placed),
             )
         except EngineFailure as failure:
             placed.prefill.fail_run(request.request_id, failure)
@@ -315,8 +326,14 @@ class Cluster:
         engine = placed.prefill
         hashes = request.block_hashes
         blocks = engine.scheduler.block_table(request.request_id)[: len(hashes)]
-        source = RankRef(instance_id=engine.instance_id, rank=0)
-        await self.pool.store(request.request_id, hashes, blocks, source=source, dies=self._dies[engine.instance_id])
+        rank = 0 if placed.is_disaggregated else placed.placement.rank
+        source = RankRef(instance_id=engine.instance_id, rank=rank)
+        await self.pool.store(request.request_id, hashes, blocks, source=source, dies=self._pool_dies(placed))
+
+    def _pool_dies(self, placed: Placed) -> list[Endpoint]:
+        """The dies that exchange a request's blocks with the pool: all of a prefill instance, or its colocated rank's."""
+        dies = self._dies[placed.prefill.instance_id]
+        return dies if placed.is_disaggregated else [dies[placed.placement.rank]]
 
     async def _transfer(self, request: Request, placed: Placed) -> None:
         assert placed.decode is not None
@@ -332,6 +349,7 @@ class Cluster:
         num_tokens = request.num_tokens - 1
         num_blocks = -(-num_tokens // self.config.cache.block_size)
         start_ns = self.clock.now_ns()
+        start_wall_ns = time.monotonic_ns()
         num_bytes = num_tokens * self._kv_bytes_per_token
         end_ns = self.fabric.reserve(
             "rdma",
@@ -353,4 +371,11 @@ class Cluster:
         await self.clock.sleep_until(end_ns)
         await self.clock.external(moving)
         self.num_kv_transfers += 1
-        self.on_kv_transfer(num_bytes, end_ns - start_ns)
+        self.on_kv_transfer(
+            KvTransfer(
+                instance_id=decode.instance_id,
+                num_bytes=num_bytes,
+                simulated_ns=end_ns - start_ns,
+                wall_ns=time.monotonic_ns() - start_wall_ns,
+            )
+        )

@@ -153,6 +153,10 @@ class Frontend:
         """Drive a request to its outcome, which is never raised: rejected if the queue is full, failed if the cluster is."""
         life = Life(request, order=self._next_order())
         life.listener = on_token
+        if request.num_tokens_limit > self.max_model_len:
+            message = f"{request.num_tokens_limit} tokens exceed max_model_len {self.max_model_len}"
+            self._close(life, OutcomeReason.PROMPT_TOO_LONG, message)
+            return self._times(life)
         try:
             self._start(life)
         except QueueFull as error:

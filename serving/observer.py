@@ -4,7 +4,7 @@ Owns: the translation of step records and outcomes into `Metrics` events.
 Must not know: how metrics are named or exposed (serving/metrics.py), how the system works.
 """
 
-from serving.cluster import Cluster
+from serving.cluster import Cluster, KvTransfer
 from serving.config import RunConfig
 from serving.core.request import OutcomeReason, Request, RequestState
 from serving.engine import StepRecord
@@ -80,9 +80,10 @@ class Observer:
             )
         )
 
-    def _on_kv_transfer(self, num_bytes: int, simulated_ns: int) -> None:
-        decode = next(iter(self._cluster.engines["decode"])).instance_id if self._cluster else "decode"
-        self._metrics.engine(decode).observe_transfer(num_bytes=num_bytes, wall_s=0.0, simulated_s=simulated_ns / 1e9)
+    def _on_kv_transfer(self, transfer: KvTransfer) -> None:
+        self._metrics.engine(transfer.instance_id).observe_transfer(
+            num_bytes=transfer.num_bytes, wall_s=transfer.wall_ns / 1e9, simulated_s=transfer.simulated_ns / 1e9
+        )
 
     def _refresh(self) -> None:
         assert self._cluster is not None
