@@ -13,8 +13,6 @@ ServingError
     QueueFull               429  with Retry-After
     Draining                503  the server is shutting down
   EngineFailure           an admitted request, or the engine itself, failed        (500)
-  OutOfBlocks             internal: the scheduler turns it into preemption
-  ProtocolError           a message broke the hand-over protocol; state is unchanged
 
 Owns: the tree, and how each rejection looks from outside (status, reason, field).
 Must not know: HTTP frameworks, requests' states. Devices raise their own (devices/faults.py).
@@ -120,11 +118,3 @@ class Draining(RequestRejected):
 
 class EngineFailure(ServingError):
     """An admitted request, or the engine itself, failed. The message names what was lost."""
-
-
-class OutOfBlocks(ServingError):
-    """No free block; the scheduler turns it into preemption."""
-
-
-class ProtocolError(ServingError):
-    """A message broke the hand-over protocol. State is unchanged."""

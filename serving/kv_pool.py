@@ -99,7 +99,7 @@ class KvPool:
             await self._clock.external(reading)
         finally:
             try:
-                self.index.release(lease.lease_id)
+                wanted = wanted[: max(0, self.index.release(lease.lease_id) - first)]
             except LeaseLost:  # what was read may have been overwritten
                 self._log.append(self._clock.now_ns(), "lease_lost", request_id)
                 wanted = ()
@@ -154,12 +154,13 @@ class KvPool:
         try:
             await self._clock.sleep_until(end_ns)
             await self._clock.external(writing)
-        except EngineFailure:
+        except BaseException:  # re-raised: room must not stay reserved for bytes that will not come
             for block in started:
                 self.index.put_revoke(block)
             raise
-        for block in started:
+        for block in reversed(started):  # the end of a prefix is to be evicted before its beginning
             self.index.put_commit(block)
+        self.index.touch(hashes)
         self.num_stored_blocks += len(started)
 
 
