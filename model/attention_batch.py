@@ -26,6 +26,8 @@ from model.step import StepInput
 
 # Attention scores (pieces x heads x queries x context) held at once: 32 MiB in float32.
 MAX_SCORES = 2**23
+# Slots that a piece may be padded by beyond its own length: fewer cost less than another group's operator calls.
+_CHEAP_PADDING = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -93,15 +95,14 @@ class AttentionPlanner:
         return pieces
 
     def _batches(self, pieces: list[_Piece]) -> list[list[_Piece]]:
-        """Group pieces of equal query count, longest context first, while padding stays below half and memory
-        in bounds."""
+        """Group pieces of equal query count, longest context first, while padding and memory stay in bounds."""
         batches: list[list[_Piece]] = []
         for piece in sorted(pieces, key=lambda p: (p.num_queries, -p.num_context, p.start)):
             head = batches[-1][0] if batches else None
             fits = (
                 head is not None
                 and head.num_queries == piece.num_queries
-                and head.num_context <= 2 * piece.num_context + self._block_size
+                and head.num_context <= 2 * piece.num_context + _CHEAP_PADDING
                 and (len(batches[-1]) + 1) * self._num_heads * head.num_queries * head.num_context <= self._max_scores
             )
             if fits:

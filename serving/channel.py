@@ -11,12 +11,15 @@ authentication: the standard library's multiprocessing.connection.
 """
 
 import asyncio
+import contextlib
 import pickle
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
+from pathlib import Path
 from typing import Any
 
 from serving.errors import EngineFailure
@@ -65,9 +68,10 @@ class AsyncChannel:
         if self._connection.closed:
             future.set_exception(EngineFailure(f"{method}: the channel is closed"))
             return future
+        message = pickle.dumps((method, args), PROTOCOL)
         self._pending.append((method, future))
         try:
-            self._connection.send_bytes(pickle.dumps((method, args), PROTOCOL))
+            self._connection.send_bytes(message)
         except OSError as error:
             self._fail(error)
         return future
@@ -105,62 +109,99 @@ class AsyncChannel:
                 future.set_exception(
                     EngineFailure(f"{method}: the device's process is gone ({error or 'end of stream'})")
                 )
+                future.exception()  # nobody may be waiting any more; that is no fault
 
 
 class ChannelServer:
-    """The device's end: serves methods to any number of connections, one thread each, in order per connection."""
+    """The device's end: serves methods to any number of connections, one thread each, in order per connection.
+
+    The thread begins before the handshake, so a stranger who never proves the key keeps nobody else waiting.
+    """
 
     def __init__(self, address: Address, authkey: bytes, methods: Mapping[str, Callable[..., Any]]) -> None:
-        self._listener = Listener(address, authkey=authkey, backlog=64)
+        """Raises OSError if the address cannot be had."""
+        self._authkey = authkey
         self._methods = dict(methods)
-        self._connections: list[Connection] = []
-        threading.Thread(target=self._accept, name="channel-accept", daemon=True).start()
+        self._connections: set[Connection] = set()
+        self._is_closed = False
+        self._listener = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+        try:
+            if not isinstance(address, str):
+                self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._listener.bind(address)
+            self._listener.listen(64)
+        except OSError:
+            self._listener.close()
+            raise
+        self._address: Address = self._listener.getsockname()
+        self._acceptor = threading.Thread(target=self._accept, name="channel-accept", daemon=True)
+        self._acceptor.start()
 
     @property
     def address(self) -> Address:
         """Where clients connect; for a TCP server with the port that was chosen."""
-        address: Address = self._listener.address
-        return address
+        return self._address
 
     def close(self) -> None:
-        """Stop listening and drop every connection."""
-        self._listener.close()
-        for connection in self._connections:
-            connection.close()
+        """Stop listening and drop every connection. Closing twice is harmless."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        # Each socket is closed by the thread that waits on it: a descriptor must not be reused under a waiting thread.
+        _shut_down(self._listener.fileno())
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):  # its thread was quicker
+                _shut_down(connection.fileno())
+        if isinstance(self._address, str):
+            Path(self._address).unlink(missing_ok=True)
+        self._acceptor.join()
 
     def _accept(self) -> None:
-        while True:
+        while not self._is_closed:
             try:
-                connection = self._listener.accept()
-            except Exception as error:  # noqa: BLE001 - a stranger's failed handshake must not end the server
-                if isinstance(error, OSError) and self._listener._listener is None:  # type: ignore[attr-defined]
-                    return  # closed
+                accepted, _ = self._listener.accept()
+            except OSError:  # closed, or a client that gave up while it waited
                 continue
-            _no_delay(connection, self._listener.address)
-            self._connections.append(connection)
+            connection = Connection(accepted.detach())
             threading.Thread(target=self._serve, args=(connection,), name="channel", daemon=True).start()
+        self._listener.close()
 
     def _serve(self, connection: Connection) -> None:
-        while True:
-            try:
-                method, args = pickle.loads(connection.recv_bytes())
-            except (EOFError, OSError):
-                return
-            try:
-                reply = (True, self._methods[method](*args))
-            except Exception as error:  # noqa: BLE001 - the task boundary: the caller hears it
-                reply = (False, f"{type(error).__name__}: {error}")
-            try:
-                connection.send_bytes(pickle.dumps(reply, PROTOCOL))
-            except OSError:
-                return
+        self._connections.add(connection)
+        try:
+            deliver_challenge(connection, self._authkey)
+            answer_challenge(connection, self._authkey)
+            _no_delay(connection, self._address)
+            while not self._is_closed:
+                connection.send_bytes(self._reply(connection.recv_bytes()))
+        except (EOFError, OSError, AuthenticationError):  # the peer has left, or has not the key
+            pass
+        finally:
+            self._connections.discard(connection)
+            connection.close()
+
+    def _reply(self, message: bytes) -> bytes:
+        try:
+            method, args = pickle.loads(message)
+            return pickle.dumps((True, self._methods[method](*args)), PROTOCOL)
+        except Exception as error:  # noqa: BLE001 - the task boundary: the caller hears it
+            return pickle.dumps((False, f"{type(error).__name__}: {error}"), PROTOCOL)
 
 
 def _unwrap(message: bytes, method: str) -> Any:
-    ok, value = pickle.loads(message)
+    try:
+        ok, value = pickle.loads(message)
+    except Exception as error:  # whatever a reply's class raises when it is made again
+        raise EngineFailure(f"{method}: the reply cannot be read: {type(error).__name__}: {error}") from error
     if not ok:
         raise EngineFailure(f"{method}: {value}")
     return value
+
+
+def _shut_down(fileno: int) -> None:
+    """Wake whoever waits on a socket."""
+    with contextlib.suppress(OSError), socket.socket(fileno=socket.dup(fileno)) as duplicate:
+        duplicate.shutdown(socket.SHUT_RDWR)
 
 
 def _no_delay(connection: Connection, address: Address) -> None:

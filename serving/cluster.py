@@ -7,6 +7,7 @@ Must not know: HTTP, Ray, whether time is virtual or shards make tensors: it is 
 
 import asyncio
 import functools
+import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from devices.clock import Clock
 from devices.fabric import Endpoint, Fabric
 from serving.config import Role, RunConfig
 from serving.core.event_log import EventLog
-from serving.core.ids import BlockIds, Counts, InstanceId
+from serving.core.ids import BlockIds, Counts, InstanceId, RequestId
 from serving.core.request import Request
 from serving.core.router import Placement, Room, Router, source_prefill_rank
 from serving.core.scheduled_batch import Load
@@ -26,6 +27,8 @@ from serving.engine import Engine, RunEnd, TokenSink
 from serving.errors import EngineFailure
 from serving.kv_pool import KvPool
 from serving.transport import RankRef, Transport
+
+logger = logging.getLogger(__name__)
 
 
 class Hold:
@@ -137,17 +140,21 @@ class Cluster:
         self._loops = [loop.create_task(e.run(), name=f"engine {e.instance_id}") for e in self.all_engines]
 
     async def stop(self) -> None:
-        """End the step loops; requests must have ended before."""
+        """End the step loops, each after the step that it is in; requests must have ended before."""
         await self.wait_for_moves()
-        for task in self._loops:
-            task.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
+        for engine in self.all_engines:
+            engine.stop()
+        await asyncio.gather(*self._loops)
         self._loops.clear()
 
     async def wait_for_moves(self) -> None:
         """Wait until no block is on its way."""
         while self._moves:
             await asyncio.gather(*self._moves, return_exceptions=True)
+
+    def knows(self, request_id: RequestId) -> bool:
+        """Whether a request of this name holds anything at an instance."""
+        return any(engine.knows(request_id) for engine in self.all_engines)
 
     def held(self) -> dict[str, int]:
         """What is held now; all zero when the cluster is at rest."""
@@ -176,9 +183,11 @@ class Cluster:
 
     def place(self, request: Request, *, order: int) -> Placed | None:
         """Choose instances for a request and reserve its decode rank's KV space; None if there is no room now."""
-        decoding = self.engines["decode" if self.config.disaggregated else "colocated"]
+        role: Role = "decode" if self.config.disaggregated else "colocated"
         num_tokens = request.num_tokens
-        rooms = [engine.room for engine in decoding]
+        rooms = [engine.room for engine in self.engines[role]]
+        # What was placed at this very instant may not have come to its instance yet; the router counts it already.
+        unplaced_slots = self.config.instances[role].max_num_seqs - self.router.num_requests
         placement = self.router.reserve(
             request_id=request.request_id,
             num_tokens=num_tokens,
@@ -186,7 +195,7 @@ class Cluster:
             num_blocks=num_tokens // self.config.cache.block_size + 1,
             room=Room(
                 free_blocks=np.concatenate([room.free_blocks for room in rooms]),
-                free_slots=np.concatenate([room.free_slots for room in rooms]),
+                free_slots=np.minimum(np.concatenate([room.free_slots for room in rooms]), unplaced_slots),
             ),
             num_prefix_tokens=self._prefix_tokens(request),
         )
@@ -200,7 +209,7 @@ class Cluster:
             decode=placement.decode,
             rank=placement.rank,
         )
-        prefill = self._engine_of[placement.prefill]
+        prefill, decode = self._engine_of[placement.prefill], self._engine_of[placement.decode]
         placed = Placed(
             request=request,
             placement=placement,
@@ -208,8 +217,11 @@ class Cluster:
             prefill_hold=Hold(functools.partial(prefill.release, request.request_id)),
         )
         if self.config.disaggregated:
-            decode = self._engine_of[placement.decode]
-            placed.decode_blocks = decode.reserve(request, rank=placement.rank, order=order)
+            try:
+                placed.decode_blocks = decode.reserve(request, rank=placement.rank, order=order)
+            except Exception:
+                self.router.release(request.request_id)
+                raise
             placed.decode = decode
             placed.decode_hold = Hold(functools.partial(decode.release, request.request_id))
         return placed
@@ -285,8 +297,9 @@ class Cluster:
             self._moves.discard(task)
             for hold in holds:
                 hold.release()
-            if not task.cancelled():
-                task.exception()  # whoever awaits the movement hears it; nobody may
+            error = None if task.cancelled() else task.exception()
+            if error is not None:  # whoever awaits the movement hears it too, but nobody may
+                logger.warning("a movement of blocks failed: %s: %s", type(error).__name__, error)
 
         task.add_done_callback(finished)
         return task
@@ -301,7 +314,6 @@ class Cluster:
         last = first + load.num_external_tokens // block_size
         instance_id = placed.prefill.instance_id
         target = instance_id if placed.is_disaggregated else RankRef(instance_id=instance_id, rank=load.rank)
-        num_loaded = 0
         try:
             num_loaded = await self.pool.load(
                 request.request_id,
@@ -311,15 +323,16 @@ class Cluster:
                 target=target,
                 dies=self._pool_dies(placed),
             )
-        except EngineFailure as failure:
-            placed.prefill.fail_run(request.request_id, failure)
-            return
-        if not request.is_over:
-            placed.prefill.activate(
-                request,
-                num_cached_tokens=(first + num_loaded) * block_size,
-                num_pool_tokens=num_loaded * block_size,
-            )
+            if not request.is_over:
+                placed.prefill.activate(
+                    request,
+                    num_cached_tokens=(first + num_loaded) * block_size,
+                    num_pool_tokens=num_loaded * block_size,
+                )
+        except Exception as error:  # re-raised: without this the request would wait for its blocks for ever
+            message = str(error) if isinstance(error, EngineFailure) else f"{type(error).__name__}: {error}"
+            placed.prefill.fail_run(request.request_id, message)
+            raise
 
     async def _store(self, request: Request, placed: Placed) -> None:
         assert self.pool is not None
@@ -331,7 +344,7 @@ class Cluster:
         await self.pool.store(request.request_id, hashes, blocks, source=source, dies=self._pool_dies(placed))
 
     def _pool_dies(self, placed: Placed) -> list[Endpoint]:
-        """The dies that exchange a request's blocks with the pool: all of a prefill instance, or its colocated rank's."""
+        """The dies that exchange a request's blocks with the pool: all of a prefill instance, or its rank's alone."""
         dies = self._dies[placed.prefill.instance_id]
         return dies if placed.is_disaggregated else [dies[placed.placement.rank]]
 

@@ -9,8 +9,9 @@ their way is in the scheduler but not ready.
 """
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -29,6 +30,8 @@ from serving.core.scheduled_batch import Load, ScheduledBatch
 from serving.errors import EngineFailure
 from serving.messages import TokenLogprobs
 from serving.shard import Sampled, Shard
+
+logger = logging.getLogger(__name__)
 
 
 class RunEnd(Enum):
@@ -73,6 +76,15 @@ class _Run:
     done: "asyncio.Future[RunEnd]"
     last_token_wall_ns: int | None = None
 
+    def end(self, how: RunEnd) -> None:
+        if not self.done.done():  # else whoever waited was canceled at this very instant
+            self.done.set_result(how)
+
+    def fail(self, message: str) -> None:
+        if not self.done.done():
+            self.done.set_exception(EngineFailure(message))
+            self.done.exception()  # whoever waits may be canceled before it hears of it
+
 
 class Engine:
     """One instance. `run` is its task; everything else is called from the same event loop."""
@@ -113,14 +125,16 @@ class Engine:
         self._runs: dict[RequestId, _Run] = {}
         self._known: set[RequestId] = set()  # to the scheduler
         self._wake = asyncio.Event()
-        self._failure: EngineFailure | None = None
+        self._in_flight: ScheduledBatch | None = None
+        self._is_stopping = False
+        self._failure: str | None = None
         self.busy_ns = 0
         self.num_steps = 0
 
     @property
     def failure(self) -> EngineFailure | None:
         """Why the instance is lost, or None while it serves."""
-        return self._failure
+        return None if self._failure is None else EngineFailure(self._failure)
 
     @property
     def room(self) -> Room:
@@ -142,6 +156,10 @@ class Engine:
     def num_runs(self) -> int:
         """Requests that wait for this instance."""
         return len(self._runs)
+
+    def knows(self, request_id: RequestId) -> bool:
+        """Whether a request of this name holds anything here."""
+        return request_id in self._known
 
     def add(
         self,
@@ -214,40 +232,55 @@ class Engine:
         run = self._runs.pop(request_id, None)
         if run is not None:
             run.done.cancel()
-        if request_id in self._known:
+        if request_id in self._known and self.scheduler.abort(request_id):
             self._known.remove(request_id)
-            if self.scheduler.abort(request_id):
-                self._notify_capacity()
+            self._notify_capacity()
 
-    def fail_run(self, request_id: RequestId, failure: EngineFailure) -> None:
+    def fail_run(self, request_id: RequestId, message: str) -> None:
         """End a run because of something that happened to its blocks."""
         run = self._runs.pop(request_id, None)
-        if run is not None and not run.done.done():
-            run.done.set_exception(failure)
+        if run is not None:
+            run.fail(message)
 
     async def run(self) -> None:
-        """Step for ever; when a device is lost, fail every run and end."""
+        """Step until `stop`; when a device is lost, or anything else breaks, fail every run and end."""
         try:
-            while True:
+            while not self._is_stopping:
                 batch = self.scheduler.schedule()
-                if batch is not None:
-                    self._apply_decisions(batch)
-                if batch is not None and batch.num_rows:
-                    await self._step(batch)
-                elif batch is None:
+                if batch is None:
                     self._wake.clear()
                     await self._wake.wait()
+                    continue
+                self._in_flight = batch if batch.num_rows else None
+                self._apply_decisions(batch)
+                if batch.num_rows:
+                    await self._step(batch)
         except EngineFailure as failure:
-            self._failure = EngineFailure(f"instance {self.instance_id}: {failure}")
-            runs, self._runs = self._runs, {}
-            for run in runs.values():
-                run.done.set_exception(self._failure)
+            self._fail(str(failure))
+        except Exception as error:  # the task boundary: nobody would step for these requests any more
+            logger.exception("instance %s", self.instance_id)
+            self._fail(f"{type(error).__name__}: {error}")
+
+    def stop(self) -> None:
+        """Let `run` end once the step that is under way is over."""
+        self._is_stopping = True
+        self._wake.set()
+
+    def _fail(self, message: str) -> None:
+        self._failure = f"instance {self.instance_id}: {message}"
+        if self._in_flight is not None:  # so that its requests can be released; nobody will see what it computed
+            self._forget(self.scheduler.update(self._in_flight).aborted)
+            self._in_flight = None
+        runs, self._runs = self._runs, {}
+        for run in runs.values():
+            run.fail(self._failure)
+        self._on_capacity()  # whoever waits for room has to hear of it
 
     def _register(
         self, request: Request, sink: TokenSink, load: Callable[[Load], None] | None
     ) -> "asyncio.Future[RunEnd]":
         if self._failure is not None:
-            raise self._failure
+            raise EngineFailure(self._failure)
         future: asyncio.Future[RunEnd] = asyncio.get_running_loop().create_future()
         self._runs[request.request_id] = _Run(request, sink, load, future)
         self._wake.set()
@@ -263,14 +296,22 @@ class Engine:
         self._wake.set()
         self._on_capacity()
 
+    def _forget(self, request_ids: Sequence[RequestId]) -> None:
+        self._known.difference_update(request_ids)
+
     def _apply_decisions(self, batch: ScheduledBatch) -> None:
+        """Tell requests what the scheduler has decided. One that ended at this instant, and is not released yet,
+        may be among them.
+        """
         now_ns = self._clock.now_ns()
         for preempted in batch.preempted:
             self._log.append(now_ns, "preempt", preempted.request_id, instance=self.instance_id, rank=preempted.rank)
-            self._runs[preempted.request_id].request.preempt(now_ns)
+            run = self._runs[preempted.request_id]
+            if not run.request.is_over:
+                run.request.preempt(now_ns)
             if not self._requeues_preempted:
                 self._known.remove(preempted.request_id)
-                self._runs.pop(preempted.request_id).done.set_result(RunEnd.PREEMPTED)
+                self._runs.pop(preempted.request_id).end(RunEnd.PREEMPTED)
         loads = {load.request_id: load for load in batch.loads}
         for admitted in batch.admitted:
             run = self._runs[admitted.request_id]
@@ -278,6 +319,8 @@ class Engine:
             self._log.append(
                 now_ns, "admit", admitted.request_id, instance=self.instance_id, rank=admitted.rank, cached=cached
             )
+            if run.request.is_over:
+                continue
             load = loads.get(admitted.request_id)
             if load is None:
                 run.request.start_prefill(now_ns, num_cached_tokens=cached)
@@ -289,7 +332,7 @@ class Engine:
         requests = [self._runs[request_id].request for request_id in batch.request_ids]
         start_ns, start_wall_ns = self._clock.now_ns(), time.monotonic_ns()
         cost = self._charge(batch)
-        pending = self._shard.step(batch, requests, charged_ns=cost.ns)
+        pending = asyncio.ensure_future(self._shard.step(batch, requests, charged_ns=cost.ns))
         self._log.append(
             start_ns, "step", self.instance_id, rows=batch.num_rows, tokens=batch.num_tokens, charged_ns=cost.ns
         )
@@ -324,12 +367,16 @@ class Engine:
             stop_mask = np.zeros(batch.num_rows, np.bool_)
             for row, index in index_of_row.items():
                 run = self._runs.get(batch.request_ids[row])  # None: released during the step
-                stop_mask[row] = run is not None and self._stops(run.request, int(sampled.token_ids[index]))
+                if run is not None and not run.request.is_over:
+                    stop_mask[row] = self._stops(run.request, int(sampled.token_ids[index]))
         result = self.scheduler.update(batch, stop_mask)
+        self._in_flight = None
         simulated_itl_ns: list[int] = []
         wall_itl_ns: list[int] = []
         for row in result.sampled_rows.tolist():
             run = self._runs[batch.request_ids[row]]
+            if run.request.is_over:  # at this very instant; it is released next
+                continue
             if run.request.last_token_ns is not None:
                 simulated_itl_ns.append(now_ns - run.request.last_token_ns)
             if run.last_token_wall_ns is not None:
@@ -345,7 +392,8 @@ class Engine:
             run.sink(run.request, token_ids, logprobs)
         for request_id, stopped in zip(result.finished, result.stopped.tolist(), strict=True):
             self._log.append(now_ns, "done", request_id, instance=self.instance_id, stopped=int(stopped))
-            self._runs.pop(request_id).done.set_result(RunEnd.STOP if stopped else RunEnd.LENGTH)
+            self._runs.pop(request_id).end(RunEnd.STOP if stopped else RunEnd.LENGTH)
         if result.aborted:
+            self._forget(result.aborted)
             self._notify_capacity()
         return simulated_itl_ns, wall_itl_ns

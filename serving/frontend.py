@@ -11,6 +11,7 @@ blocks sends a request back to the start, with the tokens that it has.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import heapq
@@ -25,7 +26,7 @@ from serving.core.block_hash import hash_prompt
 from serving.core.ids import RequestId
 from serving.core.request import OutcomeReason, Request
 from serving.engine import RunEnd, TokenSink
-from serving.errors import Draining, EngineFailure, QueueFull
+from serving.errors import Draining, EngineFailure, PromptTooLong, QueueFull, RequestRejected
 from serving.messages import FinishReason, GenerateRequest, Latencies, RequestTimes, SamplingParams, TokenLogprobs
 from serving.stream import TokenStream
 
@@ -126,10 +127,6 @@ class Frontend:
     def submit(self, generate: GenerateRequest) -> TokenStream:
         """Admit a request with real tokens. Raises RequestRejected before anything is held."""
         generate.check_fits(max_model_len=self.max_model_len, vocab_size=self.vocab_size)
-        if self._is_draining:
-            raise Draining("the server is shutting down")
-        if RequestId(generate.request_id) in self._lives:
-            raise ValueError(f"request id {generate.request_id!r} is in flight already")
         prompt = generate.prompt_token_ids
         seed = generate.sampling.seed
         request = Request(
@@ -143,28 +140,24 @@ class Frontend:
             sampling=dataclasses.replace(generate.sampling, seed=self._draw_seed() if seed is None else seed),
         )
         life = Life(request, order=self._next_order())
+        self._start(life)
         life.stream = TokenStream(
             lambda stop: self._end(life, OutcomeReason.ABORT if stop is None else OutcomeReason.STOP)
         )
-        self._start(life)
         return life.stream
 
     async def serve(self, request: Request, *, on_token: TokenSink) -> RequestTimes:
-        """Drive a request to its outcome, which is never raised: rejected if the queue is full, failed if the cluster is."""
+        """Drive a request to its outcome, which is never raised but told by the request."""
         life = Life(request, order=self._next_order())
         life.listener = on_token
-        if request.num_tokens_limit > self.max_model_len:
-            message = f"{request.num_tokens_limit} tokens exceed max_model_len {self.max_model_len}"
-            self._close(life, OutcomeReason.PROMPT_TOO_LONG, message)
-            return self._times(life)
-        try:
+        with contextlib.suppress(RequestRejected, EngineFailure):  # the outcome tells
             self._start(life)
-        except QueueFull as error:
-            self._close(life, OutcomeReason.QUEUE_FULL, str(error))
-        except EngineFailure as failure:
-            self._close(life, OutcomeReason.ERROR, str(failure))
         if life.task is not None:
-            await life.task
+            try:
+                await asyncio.shield(life.task)
+            except asyncio.CancelledError:
+                self._end(life, OutcomeReason.ABORT)
+                raise
         return self._times(life)
 
     async def abort_all(self) -> None:
@@ -187,27 +180,46 @@ class Frontend:
     # ---- admission ----
 
     def _start(self, life: Life) -> None:
-        """Place the request or queue it. Raises QueueFull, and EngineFailure when an instance is lost."""
-        if self._cluster.failure is not None:
-            raise self._cluster.failure
-        placed = None if self._queue else self._cluster.place(life.request, order=life.order)
-        if placed is None and len(self._queue) >= self._max_queued:
+        """Place the request or queue it. Raises RequestRejected, and EngineFailure when an instance is lost; then the
+        request has its outcome, and nothing is held.
+        """
+        request = life.request
+        if request.request_id in self._lives or self._cluster.knows(request.request_id):
+            raise ValueError(f"request id {request.request_id!r} is in flight already")
+        self._cluster.log.append(
+            request.arrival_ns, "arrive", request.request_id, prompt=request.num_prompt_tokens, limit=request.max_tokens
+        )
+        try:
+            admission = self._admit(life)
+        except RequestRejected as rejection:
+            self._close(life, OutcomeReason(rejection.reason), str(rejection))
+            raise
+        except EngineFailure as failure:
+            self._close(life, OutcomeReason.ERROR, str(failure))
+            raise
+        self._lives[request.request_id] = life
+        life.task = asyncio.get_running_loop().create_task(
+            self._live(life, admission), name=f"life {request.request_id}"
+        )
+
+    def _admit(self, life: Life) -> "asyncio.Future[Placed]":
+        request = life.request
+        if self._is_draining:
+            raise Draining("the server is shutting down")
+        if request.num_tokens_limit > self.max_model_len:  # of a workload; `submit` has checked its own
+            raise PromptTooLong(f"{request.num_tokens_limit} tokens exceed max_model_len {self.max_model_len}")
+        failure = self._cluster.failure
+        if failure is not None:
+            raise failure
+        admission = self._enqueue(life)
+        self._admit_waiting()
+        if not admission.done() and len(self._queue) > self._max_queued:
+            self._dequeue(life)
             raise QueueFull(
                 f"{len(self._queue)} requests wait already, scheduler.max_queued_requests is {self._max_queued}",
                 retry_after_s=RETRY_AFTER_S,
             )
-        request = life.request
-        self._cluster.log.append(
-            request.arrival_ns, "arrive", request.request_id, prompt=request.num_prompt_tokens, limit=request.max_tokens
-        )
-        self._lives[request.request_id] = life
-        admission = self._enqueue(life)
-        if placed is not None:
-            self._queue.pop()  # the only one
-            admission.set_result(placed)
-        life.task = asyncio.get_running_loop().create_task(
-            self._live(life, admission), name=f"life {request.request_id}"
-        )
+        return admission
 
     def _enqueue(self, life: Life) -> "asyncio.Future[Placed]":
         future: asyncio.Future[Placed] = asyncio.get_running_loop().create_future()
@@ -216,8 +228,16 @@ class Frontend:
         heapq.heappush(self._queue, (key, life, future))
         return future
 
+    def _dequeue(self, life: Life) -> None:
+        self._queue = [entry for entry in self._queue if entry[1] is not life]
+        heapq.heapify(self._queue)
+
     def _admit_waiting(self) -> None:
-        """Place waiting requests in order, as far as there is room; nobody passes the first."""
+        """Place waiting requests in order, as far as there is room; nobody passes the first. Once an instance is lost,
+        none waits in vain.
+        """
+        if self._cluster.failure is not None:
+            self._fail_waiting(self._cluster.failure)
         while self._queue:
             _, life, future = self._queue[0]
             if not future.done():
@@ -231,7 +251,7 @@ class Frontend:
         queue, self._queue = self._queue, []
         for _, _, future in queue:
             if not future.done():
-                future.set_exception(failure)
+                future.set_exception(EngineFailure(str(failure)))
 
     # ---- life ----
 
@@ -261,7 +281,6 @@ class Frontend:
                 raise
         except EngineFailure as failure:
             self._close(life, OutcomeReason.ERROR, str(failure))
-            self._fail_waiting(failure)
         except Exception as error:
             logger.exception("request %s", request.request_id)
             self._close(life, OutcomeReason.ERROR, f"{type(error).__name__}: {error}")
@@ -276,8 +295,7 @@ class Frontend:
         except asyncio.CancelledError:
             if admission.done() and not admission.cancelled() and admission.exception() is None:
                 self._cluster.unplace(admission.result())  # placed and canceled at the same instant
-            self._queue = [entry for entry in self._queue if entry[1] is not life]
-            heapq.heapify(self._queue)
+            self._dequeue(life)
             self._admit_waiting()
             raise
 
@@ -300,9 +318,7 @@ class Frontend:
         if reason is OutcomeReason.STOP and not life.request.num_output_tokens:
             reason = OutcomeReason.ABORT
         self._close(life, reason)
-        if (
-            life.task is not None and life.is_running
-        ):  # a task that has not begun would be canceled without its `finally`
+        if life.task is not None and life.is_running:  # one that has not begun would be canceled without its `finally`
             life.task.cancel()
         return self._times(life)
 
@@ -315,10 +331,10 @@ class Frontend:
             now_ns, "outcome", request.request_id, reason=str(reason), tokens=request.num_output_tokens
         )
         times = self._times(life)
-        self._on_outcome(request, times, life.instance_id)
         if life.stream is not None:
             finish = FINISH_REASON[reason]
             life.stream.close(finish, stop_reason=self._stop_token(request, reason), times=times, error=message or None)
+        self._on_outcome(request, times, life.instance_id)
 
     def _stop_token(self, request: Request, reason: OutcomeReason) -> int | None:
         if reason is not OutcomeReason.STOP or not request.output_token_ids:

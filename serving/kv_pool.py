@@ -20,7 +20,7 @@ from devices.fabric import Endpoint, Fabric
 from serving.core.errors import LeaseLost
 from serving.core.event_log import EventLog
 from serving.core.ids import BlockHash, BlockIds, InstanceId, RequestId
-from serving.core.pool_index import PoolBlock, PoolIndex
+from serving.core.pool_index import Lease, PoolBlock, PoolIndex
 from serving.errors import EngineFailure
 from serving.transport import PoolObject, RankRef, Transport
 
@@ -72,39 +72,46 @@ class KvPool:
         Fewer arrive when blocks were evicted since they were found, or when the lease expired during the read. Raises
         EngineFailure when a device is lost.
         """
-        start_ns = self._clock.now_ns()
-        lease = self.index.lease(hashes, start_ns)
+        lease = self.index.lease(hashes, self._clock.now_ns())
         wanted = lease.blocks[first:]
         try:
-            if not wanted:
-                return 0
-            end_ns = start_ns
-            for i, block in enumerate(wanted):
-                end_ns = max(
-                    end_ns,
-                    self._fabric.reserve(
-                        "ub",
-                        self._hosts[block.host_id],
-                        dies[i % len(dies)],
-                        num_bytes=block.num_bytes,
-                        now_ns=start_ns,
-                        op="read",
-                    ),
-                )
-            self._log.append(start_ns, "pool_load", request_id, blocks=len(wanted), until_ns=end_ns)
-            reading = asyncio.ensure_future(
-                self._transport.pool_load(target, [_object(block) for block in wanted], blocks[: len(wanted)])
-            )
-            await self._clock.sleep_until(end_ns)
-            await self._clock.external(reading)
-        finally:
-            try:
-                wanted = wanted[: max(0, self.index.release(lease.lease_id) - first)]
-            except LeaseLost:  # what was read may have been overwritten
-                self._log.append(self._clock.now_ns(), "lease_lost", request_id)
-                wanted = ()
-        self.num_loaded_blocks += len(wanted)
-        return len(wanted)
+            if wanted:
+                await self._read(request_id, wanted, blocks[: len(wanted)], target=target, dies=dies)
+        except BaseException as error:
+            is_intact = self._end_lease(request_id, lease) == len(lease.blocks)
+            if is_intact or not isinstance(error, EngineFailure):
+                raise
+            return 0  # what it was to read had been evicted meanwhile: no device is at fault
+        num_loaded = max(0, self._end_lease(request_id, lease) - first)
+        self.num_loaded_blocks += num_loaded
+        return num_loaded
+
+    async def _read(
+        self,
+        request_id: RequestId,
+        wanted: Sequence[PoolBlock],
+        blocks: BlockIds,
+        *,
+        target: RankRef | InstanceId,
+        dies: Sequence[Endpoint],
+    ) -> None:
+        start_ns = end_ns = self._clock.now_ns()
+        for i, block in enumerate(wanted):
+            source, die = self._hosts[block.host_id], dies[i % len(dies)]
+            finish_ns = self._fabric.reserve("ub", source, die, num_bytes=block.num_bytes, now_ns=start_ns, op="read")
+            end_ns = max(end_ns, finish_ns)
+        self._log.append(start_ns, "pool_load", request_id, blocks=len(wanted), until_ns=end_ns)
+        reading = asyncio.ensure_future(self._transport.pool_load(target, [_object(block) for block in wanted], blocks))
+        await self._clock.sleep_until(end_ns)
+        await self._clock.external(reading)
+
+    def _end_lease(self, request_id: RequestId, lease: Lease) -> int:
+        """Give a lease back; how many of its leading blocks were good to read all the time."""
+        try:
+            return self.index.release(lease.lease_id)
+        except LeaseLost:  # its blocks may have been evicted
+            self._log.append(self._clock.now_ns(), "lease_lost", request_id)
+            return 0
 
     async def store(
         self,
@@ -119,8 +126,7 @@ class KvPool:
 
         Blocks for which no host has room are left out. Raises EngineFailure when a device is lost.
         """
-        start_ns = self._clock.now_ns()
-        self.index.expire(start_ns)
+        self.index.expire(self._clock.now_ns())
         started: list[PoolBlock] = []
         evicted: list[PoolBlock] = []
         positions: list[int] = []
@@ -132,36 +138,42 @@ class KvPool:
                 positions.append(i)
         if evicted:
             self._transport.pool_free([_object(block) for block in evicted])
-        if not started:
-            return
-        end_ns = start_ns
-        for i, block in enumerate(started):
-            end_ns = max(
-                end_ns,
-                self._fabric.reserve(
-                    "ub",
-                    dies[i % len(dies)],
-                    self._hosts[block.host_id],
-                    num_bytes=block.num_bytes,
-                    now_ns=start_ns,
-                    op="write",
-                ),
-            )
-        self._log.append(start_ns, "pool_store", request_id, blocks=len(started), evicted=len(evicted), until_ns=end_ns)
-        writing = asyncio.ensure_future(
-            self._transport.pool_store(source, blocks[np.array(positions)], [_object(block) for block in started])
-        )
-        try:
-            await self._clock.sleep_until(end_ns)
-            await self._clock.external(writing)
-        except BaseException:  # re-raised: room must not stay reserved for bytes that will not come
-            for block in started:
-                self.index.put_revoke(block)
-            raise
-        for block in reversed(started):  # the end of a prefix is to be evicted before its beginning
-            self.index.put_commit(block)
+        if started:
+            try:
+                await self._write(
+                    request_id, blocks[np.array(positions)], started, num_evicted=len(evicted), source=source, dies=dies
+                )
+            except BaseException:  # re-raised: room must not stay reserved for bytes that will not come
+                for block in started:
+                    self.index.put_revoke(block)
+                self._transport.pool_free([_object(block) for block in started])  # some may have come
+                raise
+            for block in reversed(started):  # the end of a prefix is to be evicted before its beginning
+                self.index.put_commit(block)
+            self.num_stored_blocks += len(started)
         self.index.touch(hashes)
-        self.num_stored_blocks += len(started)
+
+    async def _write(
+        self,
+        request_id: RequestId,
+        blocks: BlockIds,
+        started: Sequence[PoolBlock],
+        *,
+        num_evicted: int,
+        source: RankRef,
+        dies: Sequence[Endpoint],
+    ) -> None:
+        start_ns = end_ns = self._clock.now_ns()
+        for i, block in enumerate(started):
+            die, host = dies[i % len(dies)], self._hosts[block.host_id]
+            finish_ns = self._fabric.reserve("ub", die, host, num_bytes=block.num_bytes, now_ns=start_ns, op="write")
+            end_ns = max(end_ns, finish_ns)
+        self._log.append(start_ns, "pool_store", request_id, blocks=len(started), evicted=num_evicted, until_ns=end_ns)
+        writing = asyncio.ensure_future(
+            self._transport.pool_store(source, blocks, [_object(block) for block in started])
+        )
+        await self._clock.sleep_until(end_ns)
+        await self._clock.external(writing)
 
 
 def _object(block: PoolBlock) -> PoolObject:

@@ -11,6 +11,7 @@ from typing import Any
 
 from serving.build import host_plans, npu_worker_plans
 from serving.config import RunConfig
+from serving.errors import EngineFailure
 from serving.transport import WorkerTransport
 from serving.worker import HostWorker, LocalPeers, NpuWorker
 
@@ -31,8 +32,8 @@ def local_transport(config: RunConfig, checkpoint: Path) -> WorkerTransport:
         future = asyncio.get_running_loop().create_future()
         try:
             future.set_result(peers.call(worker_id, method, *args))
-        except Exception as error:  # noqa: BLE001 - the caller awaits it
-            future.set_exception(error)
+        except Exception as error:  # noqa: BLE001 - told as a channel tells it
+            future.set_exception(EngineFailure(f"{method}: {type(error).__name__}: {error}"))
         return future
 
     return WorkerTransport(

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from model.step import StepInput, StepOutput
 from serving.core.ids import BlockIds, InstanceId
-from serving.errors import EngineFailure
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +161,7 @@ class WorkerTransport:
 
     def _on_freed(self, future: "asyncio.Future[Any]") -> None:
         self._frees.discard(future)
-        if not future.cancelled() and isinstance(future.exception(), EngineFailure):
+        if not future.cancelled() and future.exception() is not None:
             logger.warning("pool_free: %s", future.exception())  # a host that is lost has freed its memory
 
     async def _drain(self, futures: Sequence["asyncio.Future[Any]"]) -> None:

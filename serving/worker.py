@@ -275,9 +275,10 @@ class HostWorker(_Served):
             return self._host.read(handles)
 
     def free(self, handles: Sequence[int]) -> None:
-        """Drop blocks."""
+        """Drop blocks; of a store that failed, some were never written."""
         with self._lock:
-            self._host.free(handles)
+            stored = self._host.dram.reservations
+            self._host.free([handle for handle in handles if handle in stored])
 
     def stats(self) -> HostStats:
         """State and totals."""

@@ -36,9 +36,9 @@ _W, _P, _T, _D = (
 _LOST = {RequestState.ABORTED, RequestState.FAILED}
 
 # Back to WAITING: preempted, or its instance was lost. PREFILLING -> DECODING: colocated, no hand-over.
-# TRANSFERRING -> FINISHED: the text layer found a stop string in the first token.
+# TRANSFERRING or WAITING -> FINISHED: the text layer found a stop string in tokens that it read late.
 TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
-    _W: frozenset({_P, RequestState.REJECTED, *_LOST}),
+    _W: frozenset({_P, RequestState.FINISHED, RequestState.REJECTED, *_LOST}),
     _P: frozenset({_W, _T, _D, RequestState.FINISHED, *_LOST}),
     _T: frozenset({_W, _D, RequestState.FINISHED, *_LOST}),
     _D: frozenset({_W, RequestState.FINISHED, *_LOST}),

@@ -1,8 +1,8 @@
 """Small models and a hand-driven engine for the tests of `model`.
 
-`Instance` is the least machine that serves requests on several ranks in one process: it owns caches, deals out blocks in a
-scrambled order, builds steps and drives the ranks in lockstep. Its exchange destroys every reply one exchange later, so each
-test also checks that no rank keeps a view of a reply.
+`Instance` is the least machine that serves requests on several ranks in one process: it owns caches, deals out blocks
+in a scrambled order, builds steps and drives the ranks in lockstep. Its exchange destroys every reply one exchange
+later, so each test also checks that no rank keeps a view of a reply.
 """
 
 import dataclasses
@@ -133,7 +133,10 @@ class Instance:
         self.layouts = layouts
         self.ranks = [
             Transformer(
-                config, layout, load_rank_weights(directory, config, layout), LatentCache(config, num_blocks, BLOCK_SIZE)
+                config,
+                layout,
+                load_rank_weights(directory, config, layout),
+                LatentCache(config, num_blocks, BLOCK_SIZE),
             )
             for layout in layouts
         ]

@@ -1,6 +1,5 @@
 """Our forward against transformers' DeepseekV3ForCausalLM on checkpoints that both load."""
 
-import dataclasses
 import logging
 
 import numpy as np
@@ -17,18 +16,24 @@ from model.weights import load_rank_weights
 transformers = pytest.importorskip("transformers")
 
 NUM_GREEDY = 64
+ODD_YARN = RopeScaling(factor=8.0, original_max_position_embeddings=16, beta_fast=16.0, mscale=1.0, mscale_all_dim=0.8)
 SHAPES = {
     "base": {},
-    "no_q_lora": {"q_lora_rank": None, "num_attention_heads": 4, "num_experts_per_tok": 2, "n_group": 8, "topk_group": 1},
-    "plain_rope_all_moe": {"rope_scaling": None, "first_k_dense_replace": 0, "norm_topk_prob": False, "rope_theta": 500.0},
-    "one_group": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 6, "n_shared_experts": 2, "num_hidden_layers": 4},
-    "all_dense_tied": {"first_k_dense_replace": 3, "tie_word_embeddings": True, "num_nextn_predict_layers": 0},
+    "no_q_lora": {
+        "q_lora_rank": None, "num_attention_heads": 4, "num_experts_per_tok": 2, "n_group": 8, "topk_group": 1,
+    },
+    "plain_rope_all_moe": {
+        "rope_scaling": None, "first_k_dense_replace": 0, "norm_topk_prob": False, "rope_theta": 500.0,
+    },
+    "one_group": {
+        "n_group": 1, "topk_group": 1, "num_experts_per_tok": 6, "n_shared_experts": 2, "num_hidden_layers": 4,
+    },
+    "all_dense": {"first_k_dense_replace": 3, "num_nextn_predict_layers": 0},
+    "tied": {"tie_word_embeddings": True},
     "odd_sizes": {
         "hidden_size": 60, "moe_intermediate_size": 20, "kv_lora_rank": 17, "q_lora_rank": 13, "qk_rope_head_dim": 6,
         "qk_nope_head_dim": 10, "v_head_dim": 14, "num_attention_heads": 3, "rms_norm_eps": 1e-5,
-        "rope_scaling": RopeScaling(
-            factor=8.0, original_max_position_embeddings=16, beta_fast=16.0, mscale=1.0, mscale_all_dim=0.8
-        ),
+        "rope_scaling": ODD_YARN,
     },
 }  # fmt: skip
 
@@ -73,12 +78,10 @@ def test_64_greedy_tokens_are_identical(config, oracle, reference_of, random_pro
         )
     ours = reference_of(config).generate(prompt, NUM_GREEDY).token_ids
     assert ours == generated[0, len(prompt) :].tolist()
-    assert len(set(ours)) > 8, "the comparison needs varied tokens"
+    # A random model whose head is its embedding repeats the last token; the others must give varied text.
+    assert config.tie_word_embeddings or len(set(ours)) > 8
 
 
 def test_the_configuration_that_transformers_saves_reads_back_the_same(config, oracle, tmp_path):
     oracle.config.save_pretrained(tmp_path)
-    read = ModelConfig.from_file(tmp_path / "config.json")
-    if config.rope_scaling is not None and config.rope_scaling.mscale_all_dim == 0:
-        read = dataclasses.replace(read, rope_scaling=config.rope_scaling)
-    assert read == config
+    assert ModelConfig.from_file(tmp_path / "config.json") == config
