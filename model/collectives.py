@@ -38,8 +38,7 @@ class AllGather:
 
 Collective = AllToAll | AllGather
 Reply = list[Tensor]
-# Serves the collectives of all ranks of this process, in rank order; the ranks of other processes are its
-# business.
+# Serves the collectives of all ranks of this process, in rank order; the ranks of other processes are its business.
 Exchange = Callable[[Sequence[Collective]], Sequence[Reply]]
 
 T = TypeVar("T")

@@ -107,8 +107,7 @@ class LatentAttention:
     def forward(self, hidden: Tensor, batch: AttentionBatch, latents: Tensor) -> Generator[Collective, Reply, Tensor]:
         """Attention output (t, H) of this rank's normed tokens (t, H); new latents are written to `latents`.
 
-        data_parallel: t = T and nothing is exchanged. sequence_tensor: t is this rank's slice of the T
-        tokens.
+        data_parallel: t = T and nothing is exchanged. sequence_tensor: t is this rank's slice of the T tokens.
         """
         if self._layout.attention == "sequence_tensor":
             return (yield from self._forward_sequence_tensor(hidden, batch, latents))
@@ -119,12 +118,11 @@ class LatentAttention:
     def _forward_sequence_tensor(
         self, hidden: Tensor, batch: AttentionBatch, latents: Tensor
     ) -> Generator[Collective, Reply, Tensor]:
-        """SP: project this rank's slice down. TP: attend with this rank's heads over all tokens. SP: project
-        up.
+        """SP: project this rank's slice down. TP: attend with this rank's heads over all tokens. SP: project up.
 
-            rank 0  [t0 x H] -> latents of t0 \\  gather   all T, heads of rank 0  \\  exchange   t0, all
-            heads -> [t0 x H] rank 1  [t1 x H] -> latents of t1  > ------->  all T, heads of rank 1   >
-            --------->  t1, all heads -> [t1 x H]
+                  SP                     gather           TP            exchange          SP
+        rank 0  [t0, H] -> latents of t0 ------> T tokens, heads of 0 ------> t0, all heads -> [t0, H]
+        rank 1  [t1, H] -> latents of t1 ------> T tokens, heads of 1 ------> t1, all heads -> [t1, H]
         """
         bounds = self._layout.sequence_bounds(batch.num_tokens)
         own = slice(bounds[self._layout.rank], bounds[self._layout.rank + 1])

@@ -23,8 +23,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 def keyed_uniform(seed: NDArray[np.uint64], position: NDArray[np.int64]) -> NDArray[np.float64]:
     """One number in [0, 1) per (seed, position), both (S,): a pure function, uniform over either argument."""
     counter = position.astype(np.uint64) + np.uint64(1)
-    # The seed is mixed first, so that seeds that differ by a multiple of the counter's stride share no
-    # stream.
+    # The seed is mixed first, so that seeds that differ by a multiple of the counter's stride share no stream.
     bits = _splitmix(_splitmix(seed.astype(np.uint64) + _GOLDEN) + counter * _GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

@@ -7,7 +7,7 @@ import torch
 from model.collectives import AllToAll, run_lockstep
 from model.dispatch import ExpertExchange
 from model.layout import make_layouts, uniform_placement
-from model.moe import BATCHED_MAX_ROWS, Experts, MixtureOfExperts, choose_experts, mlp
+from model.moe import MixtureOfExperts, choose_experts, mlp
 from model.parameters import MlpWeights, MoeWeights
 from model.quant import dequantize_rows, quantize_rows
 from model.weights import load_rank_weights
@@ -177,27 +177,29 @@ def test_quantised_rows_are_within_half_a_step_and_zeros_stay_zero():
     assert not values[7].any()
 
 
-@pytest.mark.parametrize("num_rows", [6, BATCHED_MAX_ROWS, BATCHED_MAX_ROWS + 1])
-def test_experts_answer_in_the_order_of_the_copies(num_rows, whole, base_config):
-    x = tokens(num_rows, base_config)
-    slots = np.random.default_rng(0).choice([5, 0, 15, 2], num_rows)
-    outputs = Experts(whole).forward(x, slots)
-    for row, slot in enumerate(slots.tolist()):
-        own = MlpWeights(gate_up=whole.experts_gate_up[slot], down=whole.experts_down[slot])
-        torch.testing.assert_close(outputs[row : row + 1], mlp(x[row : row + 1], own), rtol=0, atol=1e-5)
-
-
-def test_experts_without_copies_answer_nothing(whole, base_config):
-    assert Experts(whole).forward(tokens(0, base_config), np.zeros(0, np.int64)).shape == (0, 64)
+@pytest.mark.parametrize("count", [1, 2, 16, 17, 64])
+def test_few_and_many_tokens_go_through_the_same_experts(count, base_config, checkpoint_of, whole):
+    x = tokens(count, base_config, seed=3)
+    ((output, _),) = run_lockstep([make_mixtures(base_config, checkpoint_of(base_config), 1)[0].forward(x)])
+    torch.testing.assert_close(output, dense_mixture(x, whole, base_config), rtol=0, atol=1e-4)
 
 
 def test_the_copy_rule_is_rank_plus_token_modulo_copies(base_config):
     placement = np.tile(np.r_[np.arange(16), 3, 3, 7, 0], (2, 1))  # expert 3 has three copies, 7 and 0 have two
     layouts = make_layouts(base_config, world_size=4, physical_to_logical=placement, max_num_tokens=8)
-    experts = np.array([[3, 7, 0, 1]] * 4)
-    slots = [ExpertExchange(base_config, layout, placement[0]).physical_slots(experts).tolist() for layout in layouts]
-    assert slots[0] == [[3, 7, 0, 1], [16, 18, 19, 1], [17, 7, 0, 1], [3, 18, 19, 1]]
-    assert slots[1] == [[16, 18, 19, 1], [17, 7, 0, 1], [3, 18, 19, 1], [16, 7, 0, 1]]
+    expected = {
+        0: [(3, 7, 0, 1), (16, 18, 19, 1), (17, 7, 0, 1), (3, 18, 19, 1)],
+        1: [(16, 18, 19, 1), (17, 7, 0, 1), (3, 18, 19, 1), (16, 7, 0, 1)],
+    }
+    x = torch.arange(4.0).unsqueeze(1).expand(4, 64).contiguous()  # a row's payload is its token's index
+    for rank, slots_by_token in expected.items():
+        exchange = ExpertExchange(base_config, layouts[rank], placement[0])
+        call = next(exchange.dispatch(x, torch.tensor([[3, 7, 0, 1]] * 4)))
+        sent = []
+        for rows in call.rows:
+            sent += zip(rows[:, 0].view(torch.float32).tolist(), rows[:, -1].tolist(), strict=True)
+        assert sorted(sent) == sorted((token, slot) for token, slots in enumerate(slots_by_token) for slot in slots)
+        assert [slot for _, slot in sent] == sorted(slot for _, slot in sent), "rows travel in order of slot"
 
 
 @pytest.mark.parametrize(("dispatch_dtype", "width", "dtype"), [("float32", 65, torch.int32), ("int8", 72, torch.int8)])

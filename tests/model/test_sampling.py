@@ -119,6 +119,8 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p():
         p: np.flatnonzero(filtered_probabilities(logits, batch(1, top_p=p))[0]).tolist() for p in (0.01, 0.6, 0.8, 1)
     }
     assert kept == {0.01: [0], 0.6: [0, 1], 0.8: [0, 1, 2], 1: [0, 1, 2, 3]}
+    # Two of four equal tokens reach one half exactly; the lower ids are kept.
+    assert filtered_probabilities(np.zeros((1, 4), np.float32), batch(1, top_p=0.5))[0].tolist() == [0.5, 0.5, 0, 0]
 
 
 def test_top_p_counts_within_what_top_k_left():
