@@ -293,7 +293,8 @@ class Engine:
         self._wake.set()
 
     def _notify_capacity(self) -> None:
-        self._wake.set()
+        if self._runs:  # one of them may have waited for the blocks
+            self._wake.set()
         self._on_capacity()
 
     def _forget(self, request_ids: Sequence[RequestId]) -> None:
