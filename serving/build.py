@@ -27,13 +27,16 @@ from serving.core.pool_index import PoolIndex
 from serving.core.request import Request
 from serving.core.router import Router
 from serving.core.scheduled_batch import ScheduledBatch
-from serving.engine import Engine, StepRecord
+from serving.engine import Engine
+from serving.engine_run import StepRecord
 from serving.kv_pool import KvPool
 from serving.messages import SamplingParams
 from serving.plan import block_bytes, die_plan
 from serving.shard import Shard, TimingShard, TorchShard
 from serving.transport import NullTransport, Transport
 from serving.worker import HostPlan, NpuPlan, NpuWorkerPlan, RankPlan
+
+ChargeFor = Callable[[RunConfig, Role], Callable[[ScheduledBatch], StepTime]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +66,13 @@ def build_cluster(
     log: EventLog,
     transport: Transport | None,
     on_step: Callable[[StepRecord], None] = lambda record: None,
+    charge_for: ChargeFor | None = None,
 ) -> Cluster:
-    """The cluster of a configuration; `transport` None gives timing shards, otherwise torch shards behind it."""
+    """The cluster of a configuration; `transport` None gives timing shards, otherwise torch shards behind it.
+
+    `charge_for` takes the place of the time model.
+    """
+    charge_for = charge_for or _charge
     fabric = Fabric(config.hardware)
     moves = transport or NullTransport()
     dies: dict[InstanceId, list[Endpoint]] = {}
@@ -104,7 +112,7 @@ def build_cluster(
                 max_num_seqs=section.max_num_seqs,
                 requeues_preempted=role != "decode",
                 shard=shard,
-                charge=_charge(config, role),
+                charge=charge_for(config, role),
                 stops=_stops(config.shape.eos_token_id),
                 clock=clock,
                 log=log,

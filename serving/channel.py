@@ -36,12 +36,16 @@ def connect(address: Address, authkey: bytes) -> Connection:
 
 
 def call(connection: Connection, method: str, *args: Any) -> Any:
-    """Send one request and wait for its reply. Raises EngineFailure with the remote error."""
+    """Send one request and wait for its reply. Raises EngineFailure with the remote error; closes the connection if the
+    peer is gone.
+    """
     try:
         connection.send_bytes(pickle.dumps((method, args), PROTOCOL))
-        return _unwrap(connection.recv_bytes(), method)
+        reply = connection.recv_bytes()
     except (EOFError, OSError) as error:
+        connection.close()
         raise EngineFailure(f"{method}: the peer's process is gone ({error or type(error).__name__})") from error
+    return _unwrap(reply, method)
 
 
 class AsyncChannel:
@@ -51,7 +55,17 @@ class AsyncChannel:
     the calls, whether or not the caller awaits the reply.
     """
 
-    def __init__(self, address: Address, authkey: bytes) -> None:
+    def __init__(
+        self,
+        address: Address,
+        authkey: bytes,
+        *,
+        name: str = "the device",
+        on_lost: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """`on_lost` is told, idle or not, when the process at the other end is gone; `name` is its in messages."""
+        self._name = name
+        self._on_lost = on_lost
         self._connection = connect(address, authkey)
         self._loop = asyncio.get_running_loop()
         self._pending: deque[tuple[str, asyncio.Future[Any]]] = deque()
@@ -66,7 +80,7 @@ class AsyncChannel:
         """Send a request; the future ends with its reply, or with EngineFailure."""
         future: asyncio.Future[Any] = self._loop.create_future()
         if self._connection.closed:
-            future.set_exception(EngineFailure(f"{method}: the channel is closed"))
+            future.set_exception(EngineFailure(f"{method}: the channel to {self._name} is closed"))
             return future
         message = pickle.dumps((method, args), PROTOCOL)
         self._pending.append((method, future))
@@ -104,12 +118,12 @@ class AsyncChannel:
     def _fail(self, error: BaseException) -> None:
         pending, self._pending = self._pending, deque()
         self.close()
+        message = f"{self._name}'s process is gone ({str(error) or 'end of stream'})"
         for method, future in pending:
             if not future.done():
-                future.set_exception(
-                    EngineFailure(f"{method}: the device's process is gone ({error or 'end of stream'})")
-                )
+                future.set_exception(EngineFailure(f"{method}: {message}"))
                 future.exception()  # nobody may be waiting any more; that is no fault
+        self._on_lost(message)
 
 
 class ChannelServer:

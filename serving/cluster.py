@@ -19,65 +19,18 @@ from devices.clock import Clock
 from devices.fabric import Endpoint, Fabric
 from serving.config import Role, RunConfig
 from serving.core.event_log import EventLog
-from serving.core.ids import BlockIds, Counts, InstanceId, RequestId
+from serving.core.ids import Counts, InstanceId, RequestId
 from serving.core.request import Request
-from serving.core.router import Placement, Room, Router, source_prefill_rank
+from serving.core.router import Room, Router, source_prefill_rank
 from serving.core.scheduled_batch import Load
-from serving.engine import Engine, RunEnd, TokenSink
+from serving.engine import Engine
+from serving.engine_run import RunEnd, TokenSink
 from serving.errors import EngineFailure
 from serving.kv_pool import KvPool
+from serving.placed import Hold, Placed
 from serving.transport import RankRef, Transport
 
 logger = logging.getLogger(__name__)
-
-
-class Hold:
-    """What a request holds at one instance, shared by its life and by the movements of its blocks.
-
-    The last `release` gives it back: blocks may not be reused while bytes are still on their way into or out of them.
-    """
-
-    def __init__(self, give_back: Callable[[], None]) -> None:
-        self._give_back = give_back
-        self._count = 1
-        self.released = asyncio.Event()
-
-    def share(self) -> None:
-        """One more user."""
-        assert self._count, "held by nobody any more"
-        self._count += 1
-
-    def release(self) -> None:
-        """One user less."""
-        assert self._count, "released too often"
-        self._count -= 1
-        if not self._count:
-            self._give_back()
-            self.released.set()
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Placed:
-    """A request with a place: instances, and what it holds there."""
-
-    request: Request
-    placement: Placement
-    prefill: Engine
-    prefill_hold: Hold
-    decode: Engine | None = None  # None: colocated
-    decode_hold: Hold | None = None
-    decode_blocks: BlockIds | None = None
-
-    @property
-    def is_disaggregated(self) -> bool:
-        """Whether another instance decodes."""
-        return self.decode is not None
-
-    async def released(self) -> None:
-        """Wait until nothing of it is held."""
-        await self.prefill_hold.released.wait()
-        if self.decode_hold is not None:
-            await self.decode_hold.released.wait()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +131,15 @@ class Cluster:
         self.fabric.check_invariants()
         if self.pool is not None:
             self.pool.index.check_invariants()
+
+    def lose_instance(self, instance_id: InstanceId, message: str) -> None:
+        """A device of it is gone: its requests fail."""
+        self._engine_of[instance_id].lose(message)
+
+    def lose_host(self, host_id: int) -> None:
+        """A host of the pool is gone: what it held is computed again when it is wanted."""
+        if self.pool is not None:
+            self.pool.lose_host(host_id)
 
     # ---- places ----
 

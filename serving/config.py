@@ -91,7 +91,7 @@ class PoolSection(Section):
     enabled: bool = True
     hosts: PositiveInt = 2
     dram_bytes_per_host: PositiveInt = 64 * 2**30
-    lease_s: PositiveFloat = 10.0  # Mooncake Store's default read lease
+    lease_s: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] = 10.0  # Mooncake Store's default read lease
 
 
 class RouterSection(Section):
@@ -207,7 +207,7 @@ class RunConfig(Section):
         return self.timing.represents.get(role) or RepresentedInstance(
             ep=self.world_size(role),
             num_redundant_experts=section.num_redundant_experts,
-            num_shared_expert_copies=copies,
+            num_shared_expert_copies=copies if copies < self.world_size(role) else 0,  # else every die has one
         )
 
     @cached_property
@@ -232,6 +232,12 @@ class RunConfig(Section):
         if set(self.instances) not in ({"prefill", "decode"}, {"colocated"}):
             roles = ", ".join(sorted(self.instances)) or "none"
             raise ValueError(f"instances: roles are {roles}; needs prefill and decode, or colocated alone")
+        for role, instance in self.timing.represents.items():
+            if instance.num_shared_expert_copies >= instance.ep:  # copies have dies of their own
+                raise ValueError(
+                    f"timing.represents.{role}.num_shared_expert_copies: {instance.num_shared_expert_copies} must be "
+                    f"below ep {instance.ep}"
+                )
         for role, section in self.instances.items():
             if section.max_num_seqs > section.max_num_batched_tokens:
                 raise ValueError(
@@ -247,15 +253,24 @@ class RunConfig(Section):
         return self
 
     def _check_parts(self) -> None:
+        shape, num_dies = self.shape, self.hardware.npu.num_dies
         if self.model.max_model_len > self.shape.max_position_embeddings:
             raise ConfigError(
                 f"model.max_model_len: {self.model.max_model_len} exceeds max_position_embeddings "
                 f"{self.shape.max_position_embeddings} of {self.model.config}"
             )
         for role, section in self.instances.items():
-            world, heads, slots = self.world_size(role), self.shape.num_attention_heads, self.num_physical_experts(role)
-            if section.shared_expert == "dispatched" and not self.shape.n_shared_experts:
-                raise ConfigError(f"instances.{role}.shared_expert: dispatched, but the model has no shared expert")
+            if self.dies_per_npu(role) > num_dies:
+                raise ConfigError(
+                    f"instances.{role}.dies_per_npu: {section.dies_per_npu}, "
+                    f"an NPU of {self.hardware.name} has {num_dies}"
+                )
+            world, heads, slots = self.world_size(role), shape.num_attention_heads, self.num_physical_experts(role)
+            if section.shared_expert == "dispatched" and shape.n_shared_experts != 1:
+                raise ConfigError(
+                    f"instances.{role}.shared_expert: dispatched needs n_shared_experts 1, "
+                    f"{self.model.config} has {shape.n_shared_experts}"
+                )
             if slots % world:
                 raise ConfigError(
                     f"instances.{role}.num_redundant_experts: {section.num_redundant_experts} makes {slots} physical "
@@ -263,12 +278,12 @@ class RunConfig(Section):
                 )
             if role == "prefill" and heads % world:
                 raise ConfigError(f"instances.prefill.npus: {heads} attention heads do not divide by {world} ranks")
-        total = self.workload.input_len + self.workload.output_len
-        widest = int(total * (1 + self.workload.range_ratio))
+        workload = self.workload
+        widest = int((workload.input_len + workload.output_len) * (1 + workload.range_ratio))
         if widest > self.model.max_model_len:
             raise ConfigError(
-                f"workload: prompts and outputs of up to {widest} tokens exceed "
-                f"model.max_model_len {self.model.max_model_len}"
+                f"workload.input_len: {workload.input_len} + output_len {workload.output_len}, up to {widest} tokens "
+                f"with range_ratio {workload.range_ratio:g}, exceeds model.max_model_len {self.model.max_model_len}"
             )
 
 

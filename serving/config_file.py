@@ -4,10 +4,10 @@ Owns: where configurations come from and how their mistakes are told (file, key,
 Must not know: what the keys mean (serving/config.py).
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -15,9 +15,10 @@ from pydantic import ValidationError
 from devices.spec import SupernodeSpec
 from model.config import ModelConfig
 from serving.config import Parts, RunConfig
-from serving.errors import ConfigError
+from serving.errors import ConfigError, shown
 from serving.plan import check_plan
 
+T = TypeVar("T")
 PARTS = (("model", "config"), ("model", "checkpoint"), ("timing", "model"), ("timing", "hardware"))
 
 
@@ -42,15 +43,17 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
         config = RunConfig.model_validate(data)
         config = config.attach(
             Parts(
-                shape=ModelConfig.from_dict(load_part(config.model.config)),
-                charged_shape=ModelConfig.from_dict(load_part(config.timing.model)),
-                hardware=SupernodeSpec.from_dict(load_part(config.timing.hardware)),
+                shape=_parse_part(config.model.config, ModelConfig.from_dict),
+                charged_shape=_parse_part(config.timing.model, ModelConfig.from_dict),
+                hardware=_parse_part(config.timing.hardware, SupernodeSpec.from_dict),
             )
         )
+        if config.model.checkpoint != "random" and not Path(config.model.checkpoint).is_dir():
+            raise ConfigError(f"model.checkpoint: {config.model.checkpoint!r} is not a directory, nor 'random'")
         check_plan(config)
         return config
     except ValidationError as error:
-        raise ConfigError(f"{name_or_path}: " + "; ".join(_describe(e) for e in error.errors())) from None
+        raise ConfigError(f"{name_or_path}: {_describe(error)}") from None
     except ValueError as error:  # ConfigError, and the range checks of the parts
         raise ConfigError(f"{name_or_path}: {error}") from None
 
@@ -58,12 +61,23 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
 def load_part(path: str) -> dict[str, Any]:
     """Load an included part: a file, or a shipped one such as `model/mini-r1.yaml`. Raises ConfigError."""
     file = Path(path)
-    if file.is_file():
-        return _read_yaml(file.read_text(encoding="utf-8"))
-    shipped = resources.files("configs").joinpath(path)
-    if not shipped.is_file():
+    source = file if file.is_file() else resources.files("configs").joinpath(path)
+    if not source.is_file():
         raise ConfigError(f"no part {path!r}: neither a file nor shipped")
-    return _read_yaml(shipped.read_text(encoding="utf-8"))
+    try:
+        return _read_yaml(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # ConfigError among them
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _parse_part(path: str, parse: Callable[[dict[str, Any]], T]) -> T:
+    data = load_part(path)
+    try:
+        return parse(data)
+    except (ValueError, TypeError) as error:  # of the range checks; of a value that is no number where one is needed
+        raise ConfigError(f"{path}: {error}") from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -74,8 +88,11 @@ def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict
     mapping: dict[Hashable, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if not isinstance(key, Hashable):
+            raise ConfigError(f"line {line}: {key!r} cannot be a key")
         if key in mapping:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: duplicate key {key!r}")
+            raise ConfigError(f"line {line}: duplicate key {key!r}")
         mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
 
@@ -97,7 +114,7 @@ def _run_text(name_or_path: str) -> str:
 def _read_yaml(text: str) -> dict[str, Any]:
     try:
         data = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"must hold a mapping, not {type(data).__name__}")
@@ -127,11 +144,22 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: {text!r} is not a YAML value") from None
 
 
-def _describe(error: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"] if part != "[key]")
-    if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    message = f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}"
-    return message if isinstance(error["input"], dict) else f"{message}, got {error['input']!r}"
+def _describe(error: ValidationError) -> str:
+    problems: dict[str, list[str]] = {}  # by key; several where a value may be of one kind or another
+    values: dict[str, object] = {}
+    whole: list[str] = []
+    for entry in error.errors():
+        # pydantic marks keys, and the alternatives of a union, in the path.
+        where = ".".join(str(p) for p in entry["loc"] if not str(p).startswith(("[key]", "constrained-", "literal[")))
+        if entry["type"] == "value_error":
+            whole.append(str(entry["ctx"]["error"]))
+            continue
+        message = f"{entry['msg'][0].lower()}{entry['msg'][1:]}"
+        problems.setdefault(where, []).append("unknown key" if entry["type"] == "extra_forbidden" else message)
+        if entry["type"] != "extra_forbidden" and not isinstance(entry["input"], dict):
+            values[where] = entry["input"]
+    described = [
+        f"{where}: {' or '.join(messages)}" + (f", got {shown(values[where])}" if where in values else "")
+        for where, messages in problems.items()
+    ]
+    return "; ".join(described + whole)

@@ -12,12 +12,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import Enum
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from devices.clock import Clock
 from devices.pipeline import StepTime
@@ -27,63 +23,11 @@ from serving.core.ids import BlockIds, InstanceId, RequestId
 from serving.core.request import Request
 from serving.core.router import Room
 from serving.core.scheduled_batch import Load, ScheduledBatch
+from serving.engine_run import Run, RunEnd, StepRecord, TokenSink
 from serving.errors import EngineFailure
-from serving.messages import TokenLogprobs
 from serving.shard import Sampled, Shard
 
 logger = logging.getLogger(__name__)
-
-
-class RunEnd(Enum):
-    """How a request's run on one instance ended."""
-
-    STOP = "stop"  # end-of-sequence or a stop token
-    LENGTH = "length"  # the token limit of this run
-    PREEMPTED = "preempted"  # its blocks were taken; its tokens are to be computed again elsewhere
-
-
-class TokenSink(Protocol):
-    """Who hears of a request's tokens."""
-
-    def __call__(self, request: Request, token_ids: tuple[int, ...], logprobs: TokenLogprobs | None) -> None:
-        """One new token; `token_ids` is empty where a timing shard made it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRecord:
-    """One engine step, for metrics and traces."""
-
-    instance_id: InstanceId
-    start_ns: int
-    end_ns: int
-    time: StepTime
-    num_seqs: int
-    num_tokens: int
-    num_sampled: int
-    num_preemptions: int
-    wall_ns: int  # from its start to its end on the machine's clock
-    simulated_itl_ns: NDArray[np.float64]  # of the tokens that followed another
-    wall_itl_ns: NDArray[np.float64]
-
-
-@dataclass(slots=True)
-class _Run:
-    """A request while it is on this instance."""
-
-    request: Request
-    sink: TokenSink
-    load: Callable[[Load], None] | None
-    done: "asyncio.Future[RunEnd]"
-    last_token_wall_ns: int | None = None
-
-    def end(self, how: RunEnd) -> None:
-        if not self.done.done():  # else whoever waited was canceled at this very instant
-            self.done.set_result(how)
-
-    def fail(self, message: str) -> None:
-        if not self.done.done():
-            self.done.set_exception(EngineFailure(message))
-            self.done.exception()  # whoever waits may be canceled before it hears of it
 
 
 class Engine:
@@ -122,11 +66,12 @@ class Engine:
         self._log = log
         self._on_step = on_step
         self._on_capacity = on_capacity
-        self._runs: dict[RequestId, _Run] = {}
+        self._runs: dict[RequestId, Run] = {}
         self._known: set[RequestId] = set()  # to the scheduler
         self._wake = asyncio.Event()
         self._in_flight: ScheduledBatch | None = None
         self._is_stopping = False
+        self._lost: str | None = None
         self._failure: str | None = None
         self.busy_ns = 0
         self.num_steps = 0
@@ -246,6 +191,8 @@ class Engine:
         """Step until `stop`; when a device is lost, or anything else breaks, fail every run and end."""
         try:
             while not self._is_stopping:
+                if self._lost is not None:
+                    raise EngineFailure(self._lost)
                 batch = self.scheduler.schedule()
                 if batch is None:
                     self._wake.clear()
@@ -260,6 +207,11 @@ class Engine:
         except Exception as error:  # the task boundary: nobody would step for these requests any more
             logger.exception("instance %s", self.instance_id)
             self._fail(f"{type(error).__name__}: {error}")
+
+    def lose(self, message: str) -> None:
+        """A device of the instance is gone: fail every run, now or once the step that is under way has failed too."""
+        self._lost = message
+        self._wake.set()
 
     def stop(self) -> None:
         """Let `run` end once the step that is under way is over."""
@@ -282,7 +234,7 @@ class Engine:
         if self._failure is not None:
             raise EngineFailure(self._failure)
         future: asyncio.Future[RunEnd] = asyncio.get_running_loop().create_future()
-        self._runs[request.request_id] = _Run(request, sink, load, future)
+        self._runs[request.request_id] = Run(request, sink, load, future)
         self._wake.set()
         return future
 
@@ -380,9 +332,8 @@ class Engine:
                 continue
             if run.request.last_token_ns is not None:
                 simulated_itl_ns.append(now_ns - run.request.last_token_ns)
-            if run.last_token_wall_ns is not None:
-                wall_itl_ns.append(wall_ns - run.last_token_wall_ns)
-            run.last_token_wall_ns = wall_ns
+            if run.sink.last_token_wall_ns is not None:
+                wall_itl_ns.append(wall_ns - run.sink.last_token_wall_ns)
             token_ids: tuple[int, ...] = ()
             logprobs = None
             if sampled.token_ids is not None:

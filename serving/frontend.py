@@ -21,52 +21,21 @@ from collections.abc import Callable
 
 from devices.clock import Clock
 from model.tokenizer import Tokenizer
-from serving.cluster import Cluster, Placed
+from serving.cluster import Cluster
 from serving.core.block_hash import hash_prompt
 from serving.core.ids import RequestId
 from serving.core.request import OutcomeReason, Request
-from serving.engine import RunEnd, TokenSink
+from serving.engine_run import RunEnd
 from serving.errors import Draining, EngineFailure, PromptTooLong, QueueFull, RequestRejected
-from serving.messages import FinishReason, GenerateRequest, Latencies, RequestTimes, SamplingParams, TokenLogprobs
+from serving.life import FINISH_REASON, Life, OnToken
+from serving.messages import GenerateRequest, RequestTimes
+from serving.placed import Placed
 from serving.stream import TokenStream
 
 logger = logging.getLogger(__name__)
-FINISH_REASON: dict[OutcomeReason, FinishReason] = {
-    OutcomeReason.STOP: "stop",
-    OutcomeReason.LENGTH: "length",
-    OutcomeReason.ABORT: "abort",
-    OutcomeReason.ERROR: "error",
-}
 RETRY_AFTER_S = 1.0  # a place in the queue is free as soon as any running request ends
 
 OnOutcome = Callable[[Request, RequestTimes, str], None]  # and the instance that ended it
-
-
-class Life:
-    """One request on its way, and what only the outside knows of it."""
-
-    def __init__(self, request: Request, *, order: int) -> None:
-        self.request = request
-        self.order = order
-        self.stream: TokenStream | None = None
-        self.listener: TokenSink | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.is_running = False
-        self.instance_id = "frontend"  # where it is now
-        self.start_wall_ns = time.monotonic_ns()
-        self.scheduled_wall_ns: int | None = None
-        self.first_token_wall_ns: int | None = None
-        self.last_token_wall_ns: int | None = None
-
-    def on_token(self, request: Request, token_ids: tuple[int, ...], logprobs: TokenLogprobs | None) -> None:
-        """Implements engine.TokenSink."""
-        self.last_token_wall_ns = time.monotonic_ns()
-        if self.listener is not None:
-            self.listener(request, token_ids, logprobs)
-        if self.first_token_wall_ns is None:
-            self.first_token_wall_ns = self.last_token_wall_ns
-        if self.stream is not None:
-            self.stream.push(token_ids, logprobs)
 
 
 class Frontend:
@@ -146,7 +115,7 @@ class Frontend:
         )
         return life.stream
 
-    async def serve(self, request: Request, *, on_token: TokenSink) -> RequestTimes:
+    async def serve(self, request: Request, *, on_token: OnToken) -> RequestTimes:
         """Drive a request to its outcome, which is never raised but told by the request."""
         life = Life(request, order=self._next_order())
         life.listener = on_token
@@ -158,7 +127,7 @@ class Frontend:
             except asyncio.CancelledError:
                 self._end(life, OutcomeReason.ABORT)
                 raise
-        return self._times(life)
+        return life.times()
 
     async def abort_all(self) -> None:
         """End every request that is left as aborted, and wait until nothing is held."""
@@ -302,25 +271,25 @@ class Frontend:
     async def _attempt(self, life: Life, placed: Placed) -> RunEnd:
         """One way through the instances."""
         request, cluster = life.request, self._cluster
-        end = await cluster.prefill(request, placed, order=life.order, sink=life.on_token)
+        end = await cluster.prefill(request, placed, order=life.order, sink=life)
         if not placed.is_disaggregated or end is not RunEnd.LENGTH or request.num_output_tokens >= request.max_tokens:
             return end
         request.start_transfer(self._clock.now_ns())
         await cluster.kv_transfer(request, placed)
         request.start_decode(self._clock.now_ns())
         life.instance_id = placed.placement.decode
-        return await cluster.decode(request, placed, sink=life.on_token)
+        return await cluster.decode(request, placed, sink=life)
 
     def _end(self, life: Life, reason: OutcomeReason) -> RequestTimes:
         """End a request in the name of its reader; what it holds is given back by its task."""
         if life.request.is_over:
-            return self._times(life)
+            return life.times()
         if reason is OutcomeReason.STOP and not life.request.num_output_tokens:
             reason = OutcomeReason.ABORT
         self._close(life, reason)
         if life.task is not None and life.is_running:  # one that has not begun would be canceled without its `finally`
             life.task.cancel()
-        return self._times(life)
+        return life.times()
 
     def _close(self, life: Life, reason: OutcomeReason, message: str = "") -> None:
         request, now_ns = life.request, self._clock.now_ns()
@@ -330,36 +299,8 @@ class Frontend:
         self._cluster.log.append(
             now_ns, "outcome", request.request_id, reason=str(reason), tokens=request.num_output_tokens
         )
-        times = self._times(life)
+        times = life.times()
         if life.stream is not None:
             finish = FINISH_REASON[reason]
-            life.stream.close(finish, stop_reason=self._stop_token(request, reason), times=times, error=message or None)
+            life.stream.close(finish, stop_reason=life.stop_token(reason), times=times, error=message or None)
         self._on_outcome(request, times, life.instance_id)
-
-    def _stop_token(self, request: Request, reason: OutcomeReason) -> int | None:
-        if reason is not OutcomeReason.STOP or not request.output_token_ids:
-            return None
-        assert isinstance(request.sampling, SamplingParams)
-        last = request.output_token_ids[-1]
-        return last if last in request.sampling.stop_token_ids else None
-
-    def _times(self, life: Life) -> RequestTimes:
-        request = life.request
-        end_ns = request.updated_ns if request.last_token_ns is None else request.last_token_ns
-        return RequestTimes(
-            simulated=Latencies.between(
-                arrival_ns=request.arrival_ns,
-                scheduled_ns=request.scheduled_ns,
-                first_token_ns=request.first_token_ns,
-                end_ns=end_ns,
-                num_tokens=request.num_output_tokens,
-            ),
-            wall=Latencies.between(
-                arrival_ns=life.start_wall_ns,
-                scheduled_ns=life.scheduled_wall_ns,
-                first_token_ns=life.first_token_wall_ns,
-                end_ns=life.last_token_wall_ns or time.monotonic_ns(),
-                num_tokens=request.num_output_tokens,
-            ),
-            num_cached_tokens=request.num_cached_tokens,
-        )

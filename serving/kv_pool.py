@@ -11,6 +11,7 @@ inside the instance is not charged: it is part of the all-gather of a prefill st
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +24,8 @@ from serving.core.ids import BlockHash, BlockIds, InstanceId, RequestId
 from serving.core.pool_index import Lease, PoolBlock, PoolIndex
 from serving.errors import EngineFailure
 from serving.transport import PoolObject, RankRef, Transport
+
+logger = logging.getLogger(__name__)
 
 
 class KvPool:
@@ -57,6 +60,11 @@ class KvPool:
         self.index.expire(self._clock.now_ns())
         return self.index.find_prefix(hashes) * self._block_size
 
+    def lose_host(self, host_id: int) -> None:
+        """Forget a host that is gone, and what it held; its part of what is read or written now will not arrive."""
+        num_blocks = self.index.remove_host(host_id)
+        self._log.append(self._clock.now_ns(), "host_lost", f"host-{host_id}", blocks=num_blocks)
+
     async def load(
         self,
         request_id: RequestId,
@@ -69,19 +77,21 @@ class KvPool:
     ) -> int:
         """Read blocks `hashes[first:]` into `blocks` of `target`; returns how many arrived, from the first on.
 
-        Fewer arrive when blocks were evicted since they were found, or when the lease expired during the read. Raises
-        EngineFailure when a device is lost.
+        Fewer arrive when blocks were evicted since they were found, when the lease expired during the read, or when a
+        host is lost.
         """
         lease = self.index.lease(hashes, self._clock.now_ns())
         wanted = lease.blocks[first:]
         try:
             if wanted:
                 await self._read(request_id, wanted, blocks[: len(wanted)], target=target, dies=dies)
-        except BaseException as error:
-            is_intact = self._end_lease(request_id, lease) == len(lease.blocks)
-            if is_intact or not isinstance(error, EngineFailure):
-                raise
-            return 0  # what it was to read had been evicted meanwhile: no device is at fault
+        except EngineFailure as failure:
+            if self._end_lease(request_id, lease) == len(lease.blocks):
+                logger.warning("request %s computes what the pool did not give: %s", request_id, failure)
+            return 0  # what it was to read is evicted, or its host is gone
+        except BaseException:
+            self._end_lease(request_id, lease)
+            raise
         num_loaded = max(0, self._end_lease(request_id, lease) - first)
         self.num_loaded_blocks += num_loaded
         return num_loaded
@@ -127,6 +137,7 @@ class KvPool:
         Blocks for which no host has room are left out. Raises EngineFailure when a device is lost.
         """
         self.index.expire(self._clock.now_ns())
+        self.index.touch(hashes)  # what is there must not make room for the blocks that continue it
         started: list[PoolBlock] = []
         evicted: list[PoolBlock] = []
         positions: list[int] = []
@@ -144,13 +155,15 @@ class KvPool:
                     request_id, blocks[np.array(positions)], started, num_evicted=len(evicted), source=source, dies=dies
                 )
             except BaseException:  # re-raised: room must not stay reserved for bytes that will not come
-                for block in started:
+                pending = [block for block in started if self.index.is_pending(block)]
+                for block in pending:
                     self.index.put_revoke(block)
-                self._transport.pool_free([_object(block) for block in started])  # some may have come
+                self._transport.pool_free([_object(block) for block in pending])  # some may have come
                 raise
-            for block in reversed(started):  # the end of a prefix is to be evicted before its beginning
+            stored = [block for block in started if self.index.is_pending(block)]  # not what a lost host took along
+            for block in reversed(stored):  # the end of a prefix is to be evicted before its beginning
                 self.index.put_commit(block)
-            self.num_stored_blocks += len(started)
+            self.num_stored_blocks += len(stored)
         self.index.touch(hashes)
 
     async def _write(

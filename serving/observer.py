@@ -7,8 +7,9 @@ Must not know: how metrics are named or exposed (serving/metrics.py), how the sy
 from serving.cluster import Cluster, KvTransfer
 from serving.config import RunConfig
 from serving.core.request import OutcomeReason, Request, RequestState
-from serving.engine import StepRecord
-from serving.frontend import FINISH_REASON, Frontend
+from serving.engine_run import StepRecord
+from serving.frontend import Frontend
+from serving.life import FINISH_REASON
 from serving.messages import RequestTimes
 from serving.metrics import FinishedRequest, Metrics
 from serving.metrics import StepRecord as StepMetrics
@@ -25,7 +26,6 @@ class Observer:
         self._cluster: Cluster | None = None
         self._frontend: Frontend | None = None
         self._plane_bytes = dict.fromkeys(PLANES, 0)
-        self._preempted = 0
 
     def watch(self, cluster: Cluster, frontend: Frontend) -> None:
         """Take gauges from here whenever metrics are read."""
@@ -94,6 +94,8 @@ class Observer:
                 num_waiting=engine.scheduler.num_waiting,
                 kv_cache_usage=engine.cache_usage,
             )
+        admission = self._metrics.engine("frontend")  # where requests wait for any place at all
+        admission.set_gauges(num_running=0, num_waiting=self._frontend.num_waiting, kv_cache_usage=0.0)
         for plane in PLANES:
             carried = self._cluster.fabric.stats(plane).num_bytes  # type: ignore[arg-type]
             self._metrics.add_plane_bytes(plane, carried - self._plane_bytes[plane])

@@ -104,6 +104,13 @@ def check_plan(config: RunConfig) -> list[DiePlan]:
     hardware = config.hardware
     if config.total_npus > hardware.num_npus:
         raise ConfigError(f"instances: {config.total_npus} NPUs, {hardware.name} has {hardware.num_npus}")
+    per_node = hardware.npus_per_node
+    nodes = sum(section.count * -(-section.npus // per_node) for section in config.instances.values())
+    if nodes > hardware.num_npus // per_node:
+        raise ConfigError(
+            f"instances: {nodes} nodes of {per_node} NPUs, since each instance begins on a node of its own; "
+            f"{hardware.name} has {hardware.num_npus // per_node}"
+        )
     if config.kv_pool.enabled:
         if config.kv_pool.hosts > hardware.num_hosts:
             raise ConfigError(f"kv_pool.hosts: {config.kv_pool.hosts}, {hardware.name} has {hardware.num_hosts}")
@@ -132,7 +139,8 @@ def format_plan(config: RunConfig) -> str:
     lines.append(
         f"charged   {config.timing.model} on {config.hardware.name}: "
         f"{work.parameter_counts(charged_shape).total / 1e9:.0f} G parameters, "
-        f"{charged_shape.num_hidden_layers} layers, {charged_shape.n_routed_experts} routed experts, top {charged_shape.num_experts_per_tok}"
+        f"{charged_shape.num_hidden_layers} layers, {charged_shape.n_routed_experts} routed experts, "
+        f"top {charged_shape.num_experts_per_tok}"
     )
     for plan in check_plan(config):
         role, section = plan.role, config.instances[plan.role]

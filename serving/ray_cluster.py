@@ -7,9 +7,12 @@ Engine steps and cache blocks do not go through Ray (serving/channel.py says why
 it listens, and is ended here.
 """
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +41,23 @@ class Placed:
 
     address: Address
     node_id: str
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Put the handlers back that `ray.init` replaces: its own, for SIGTERM, in Python and in C++, end the process.
+
+    One that comes meanwhile is passed on as KeyboardInterrupt.
+    """
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 class RayCluster:
@@ -70,19 +90,22 @@ class RayCluster:
         }
         if self._address is not None:
             try:
-                ray.init(address=self._address, **common)
+                with _signal_handlers_kept():
+                    ray.init(address=self._address, **common)
             except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
                 raise ConfigError(f"--address: no Ray cluster at {self._address!r}: {error}") from error
             self._check_resources({NPU: num_npus, HOST: num_hosts})
         else:
-            ray.init(
-                num_cpus=1,
-                resources={NPU: num_npus, HOST: max(num_hosts, 1)},
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(self._session.folder / "ray"),
-                **common,
-            )
+            with _signal_handlers_kept():
+                ray.init(
+                    address="local",  # whatever RAY_ADDRESS says
+                    num_cpus=1,
+                    resources={NPU: num_npus, HOST: max(num_hosts, 1)},
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=str(self._session.folder / "ray"),
+                    **common,
+                )
 
     def launch(
         self, npus: Mapping[InstanceId, Sequence[NpuWorkerPlan]], hosts: Sequence[HostPlan]
@@ -133,11 +156,12 @@ class RayCluster:
         """End every actor; leave the joined cluster, or end the private one. Closing twice is harmless."""
         if not ray.is_initialized():
             return
-        for actor in self._actors.values():
-            ray.kill(actor, no_restart=True)
+        if self._address is not None:  # a private cluster goes as a whole; one that has died would not even answer
+            for actor in self._actors.values():
+                ray.kill(actor, no_restart=True)
+            for group in self._groups:
+                ray.util.remove_placement_group(group)
         self._actors.clear()
-        for group in self._groups:
-            ray.util.remove_placement_group(group)
         self._groups.clear()
         ray.shutdown()
 

@@ -6,6 +6,7 @@ Must not know: requests, time, HTTP.
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from serving.session import Session
 from serving.shared_memory import WindowGroupSpec
 from serving.transport import WorkerTransport
 from serving.worker import NpuWorkerPlan, StepTimes
+
+CLOSE_TIMEOUT_S = 5.0
 
 
 def checkpoint_directory(config: RunConfig, session: Session) -> Path:
@@ -64,14 +67,11 @@ class RayDevices:
 
     def open_transport(self) -> WorkerTransport:
         """Connect to every worker, from the running event loop."""
-        for worker_id, placed in self._placed.items():
-            for lane in ("step", "data"):
-                self._channels[worker_id, lane] = AsyncChannel(placed.address, self._session.authkey)
 
         def invoke(worker_id: str, lane: str, method: str, args: tuple[Any, ...]) -> "asyncio.Future[Any]":
             return self._channels[worker_id, lane].call(method, *args)
 
-        return WorkerTransport(
+        transport = WorkerTransport(
             invoke=invoke,
             ranks={
                 instance_id: [(plan.worker_id, plan.ranks) for plan in plans]
@@ -80,6 +80,15 @@ class RayDevices:
             hosts=[host.worker_id for host in self._hosts],
             address_of={worker_id: placed.address for worker_id, placed in self._placed.items()},
         )
+        for worker_id, placed in self._placed.items():
+            for lane in ("step", "data"):
+                self._channels[worker_id, lane] = AsyncChannel(
+                    placed.address,
+                    self._session.authkey,
+                    name=worker_id,
+                    on_lost=partial(transport.lose, worker_id),
+                )
+        return transport
 
     async def close_transport(self) -> None:
         """Leave the exchange groups and close every channel, from the event loop in which it was opened."""
@@ -90,7 +99,9 @@ class RayDevices:
                 for plan in plans
                 if len(plans) > 1
             ]
-            await asyncio.gather(*leaving, return_exceptions=True)  # a worker that is lost has left
+            done, _ = await asyncio.wait(leaving, timeout=CLOSE_TIMEOUT_S)
+            for future in done:
+                future.exception()  # a worker that is lost has left
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()

@@ -1,12 +1,11 @@
 """The HTTP server: one socket, one event loop that it shares with the control plane, an orderly end.
 
-Owns: binding, the life of uvicorn, what a signal does while serving.
-Must not know: routes (serving/http_api.py), the cluster.
+Owns: binding, the life of uvicorn.
+Must not know: routes (serving/http_api.py), the cluster, signals (serving/interrupts.py).
 """
 
 import asyncio
 import contextlib
-import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 
@@ -36,7 +35,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without signal handlers of its own: `serve` decides what a signal means."""
+    """uvicorn without signal handlers of its own: the launch decides what a signal means."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -51,7 +50,7 @@ async def serve(
     on_ready: Callable[[], None],
     on_stop: Callable[[], Awaitable[None]],
 ) -> None:
-    """Serve until `stop` is set or SIGINT or SIGTERM comes, then await `on_stop`, which ends running requests."""
+    """Serve until `stop` is set, then await `on_stop`, which ends running requests."""
     server = _Server(
         uvicorn.Config(
             app,
@@ -65,20 +64,14 @@ async def serve(
         )
     )
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
     serving = loop.create_task(server.serve(sockets=[listener]), name="http")
-    try:
-        while not server.started and not serving.done():
-            await asyncio.sleep(0.005)
-        if not serving.done():
-            on_ready()
-        stopped = loop.create_task(stop.wait())
-        await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        await on_stop()
-        server.should_exit = True
-        await serving
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.005)
+    if not serving.done():
+        on_ready()
+    stopped = loop.create_task(stop.wait())
+    await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    await on_stop()
+    server.should_exit = True
+    await serving

@@ -86,6 +86,8 @@ class NullTransport:
 
 # Carries out `method(*args)` on a worker: (worker_id, lane, method, args). Lanes are independent of each other.
 Invoke = Callable[[str, str, str, tuple[Any, ...]], "asyncio.Future[Any]"]
+OnInstanceLost = Callable[[InstanceId, str], None]  # and a message
+OnHostLost = Callable[[int], None]
 
 
 class WorkerTransport:
@@ -114,6 +116,26 @@ class WorkerTransport:
         self._hosts = list(hosts)
         self._address_of = dict(address_of)
         self._frees: set[asyncio.Future[Any]] = set()
+        self._lost: set[str] = set()
+        self._on_instance_lost: OnInstanceLost = lambda instance_id, message: None
+        self._on_host_lost: OnHostLost = lambda host_id: None
+
+    def watch(self, on_instance_lost: OnInstanceLost, on_host_lost: OnHostLost) -> None:
+        """Call these, once, when a device of an instance or a host is gone, whether or not it has an order to carry
+        out."""
+        self._on_instance_lost, self._on_host_lost = on_instance_lost, on_host_lost
+
+    def lose(self, worker_id: str, message: str) -> None:
+        """Whoever carries the orders has found out that a worker is gone. Saying so twice is harmless."""
+        if worker_id in self._lost:
+            return
+        self._lost.add(worker_id)
+        logger.warning("%s", message)
+        if worker_id in self._hosts:
+            self._on_host_lost(self._hosts.index(worker_id))
+        for instance_id, workers in self._ranks.items():
+            if any(worker == worker_id for worker, _ in workers):
+                self._on_instance_lost(instance_id, message)
 
     def step(
         self, instance_id: InstanceId, inputs: Sequence[StepInput], *, charged_ns: int

@@ -14,8 +14,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +24,15 @@ from numpy.typing import NDArray
 from devices.host import Host, HostStats
 from devices.npu import Npu, NpuStats
 from devices.spec import NpuSpec
-from model.collectives import Collective, Exchange, Reply, exchange_in_process, run_lockstep
 from model.config import ModelConfig
 from model.layout import RankLayout
 from model.step import StepInput, StepOutput
 from serving import channel
+from serving.errors import EngineFailure
 from serving.shared_memory import WindowGroupSpec
+
+if TYPE_CHECKING:  # torch, which the control plane and a host do without
+    from model.collectives import Collective, Exchange, Reply
 
 BlockIds = NDArray[np.int32]
 PoolPart = tuple[Any, list[int], list[int]]  # address of a host, handles there, their positions in the block list
@@ -114,8 +118,11 @@ class SocketPeers:
 
     def call(self, address: Any, method: str, *args: Any) -> Any:
         connections: dict[Any, Connection] = self._local.__dict__.setdefault("connections", {})
-        if address not in connections:
-            connections[address] = channel.connect(address, self._authkey)
+        if address not in connections or connections[address].closed:
+            try:
+                connections[address] = channel.connect(address, self._authkey)
+            except (OSError, EOFError, AuthenticationError) as error:
+                raise EngineFailure(f"{method}: no worker answers at {address}: {error or 'it closed'}") from error
         return channel.call(connections[address], method, *args)
 
 
@@ -143,7 +150,16 @@ class _Served:
 class NpuWorker(_Served):
     """NPUs of one instance. Without `listen` it is used in this process, through `peers`."""
 
-    METHODS = ("step", "read_blocks", "pull_blocks", "load_blocks", "store_blocks", "stats", "step_times", "close_exchange")
+    METHODS = (
+        "step",
+        "read_blocks",
+        "pull_blocks",
+        "load_blocks",
+        "store_blocks",
+        "stats",
+        "step_times",
+        "close_exchange",
+    )
 
     def __init__(
         self,
@@ -154,7 +170,8 @@ class NpuWorker(_Served):
         peers: Peers | None = None,
     ) -> None:
         """Load the weights of every rank. Raises OutOfDeviceMemory, WeightsError."""
-        from serving.rank import ModelRank  # torch, which a control plane and a host need not load
+        from model.collectives import exchange_in_process, run_lockstep
+        from serving.rank import ModelRank
 
         self._npus: list[Npu[StepInput, StepOutput]] = []
         self._place: dict[int, tuple[Npu[StepInput, StepOutput], int]] = {}  # rank -> its NPU and die
@@ -164,6 +181,7 @@ class NpuWorker(_Served):
                 npu.load(die, partial(ModelRank, rank_plan), reserved_bytes=plan.reserved_bytes)
                 self._place[rank_plan.layout.rank] = (npu, die)
             self._npus.append(npu)
+        self._run_lockstep = run_lockstep
         self._exchange: Exchange = exchange_in_process
         self._times = StepTimes()
         self._open_group: Any = None
@@ -204,7 +222,7 @@ class NpuWorker(_Served):
         for npu in self._npus:
             own, inputs = inputs[: npu.num_dies], inputs[npu.num_dies :]
             generators += npu.forward(own, charged_ns=charged_ns)
-        outputs = run_lockstep(generators, exchange=self._timed_exchange)
+        outputs = self._run_lockstep(generators, exchange=self._timed_exchange)
         self._times.num_steps += 1
         self._times.wall_ns += time.perf_counter_ns() - start_ns
         self._times.cpu_ns += time.thread_time_ns() - start_cpu_ns
@@ -214,7 +232,7 @@ class NpuWorker(_Served):
         """Where the steps' real time went so far."""
         return self._times
 
-    def _timed_exchange(self, collectives: Sequence[Collective]) -> Sequence[Reply]:
+    def _timed_exchange(self, collectives: "Sequence[Collective]") -> "Sequence[Reply]":
         start_ns = time.perf_counter_ns()
         replies = self._exchange(collectives)
         self._times.exchange_ns += time.perf_counter_ns() - start_ns

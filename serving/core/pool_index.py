@@ -198,6 +198,10 @@ class PoolIndex:
             return PutStarted(block=block, evicted=evicted)
         return None
 
+    def is_pending(self, block: PoolBlock) -> bool:
+        """Whether the put of this block is in progress; not any more if its host was removed."""
+        return self._writing.get(block.block_hash) == block
+
     def put_commit(self, block: PoolBlock) -> None:
         """The bytes are there: let the block be found. Raises IllegalCall if this put is not in progress.
 
