@@ -129,12 +129,17 @@ class Npu(Generic[InT, OutT]):
         self._check_alive()
         if len(steps) != len(self._ranks):
             raise ValueError(f"npu {self._npu_id}: {len(steps)} inputs for {len(self._ranks)} dies")
+        generators = [self._rank(die).step(step) for die, step in enumerate(steps)]
+        self.charge(charged_ns)
+        return generators
+
+    def charge(self, charged_ns: int) -> None:
+        """Count one step of so much simulated time. Raises NpuLost."""
+        self._check_alive()
         if charged_ns < 0:
             raise ValueError(f"npu {self._npu_id}: a step of {charged_ns} ns")
-        generators = [self._rank(die).step(step) for die, step in enumerate(steps)]
         self._busy_ns += charged_ns
         self._num_steps += 1
-        return generators
 
     def step(self, steps: Sequence[InT], *, drive: Drive[OutT], charged_ns: int) -> list[OutT]:
         """One step of an instance that has all its ranks here; entry d of `steps` and of the result is die d's."""

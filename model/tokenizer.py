@@ -53,8 +53,12 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
-        """Read a tokenizer.json."""
-        return cls(tokenizers.Tokenizer.from_file(str(path)))
+        """Read a tokenizer.json. Raises TokenizerError if it is none."""
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 - the library raises nothing more special
+            raise TokenizerError(f"{path}: {error}") from None
+        return cls(backend)
 
     @classmethod
     def byte_level(cls, vocab_size: int) -> "Tokenizer":

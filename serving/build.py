@@ -4,6 +4,7 @@ Owns: how the keys of a configuration become constructor arguments.
 Must not know: Ray, HTTP, torch.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from devices.rates import ExpertDeployment
 from model import work
 from model.layout import RankLayout, make_layouts
 from serving.arrivals import generator_for
+from serving.batched_ranks import merged_layout
 from serving.cluster import Cluster
 from serving.config import Role, RunConfig
 from serving.core.batch_scheduler import BatchScheduler
@@ -29,6 +31,7 @@ from serving.core.router import Router
 from serving.core.scheduled_batch import ScheduledBatch
 from serving.engine import Engine
 from serving.engine_run import StepRecord
+from serving.errors import ConfigError
 from serving.kv_pool import KvPool
 from serving.messages import SamplingParams
 from serving.plan import block_bytes, die_plan
@@ -252,10 +255,24 @@ def npu_worker_plans(config: RunConfig, checkpoint: Path) -> dict[InstanceId, li
                 npus=tuple(npus[first : first + size]),
                 spec=config.hardware.npu,
                 reserved_bytes=die_plan(config, role).ledger,
+                merged=_merged_rank(config, npus[first : first + size]) if config.ray.ranks == "batched" else None,
             )
             for first in range(0, len(npus), size)
         ]
     return plans
+
+
+def _merged_rank(config: RunConfig, npus: Sequence[NpuPlan]) -> RankPlan | None:
+    """The rank that stands for all of a worker's; None if it has but one. Raises ConfigError if nodes are uneven."""
+    ranks = [rank for npu in npus for rank in npu.ranks]
+    if len(ranks) == 1:
+        return None
+    try:
+        layout = merged_layout([rank.layout for rank in ranks])
+    except ValueError as error:
+        raise ConfigError(f"ray.ranks: batched: {error}") from None
+    num_parts = 1 if layout.attention == "sequence_tensor" else len(ranks)
+    return dataclasses.replace(ranks[0], layout=layout, num_blocks=ranks[0].num_blocks * num_parts)
 
 
 def host_plans(config: RunConfig) -> list[HostPlan]:

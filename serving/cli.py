@@ -1,12 +1,14 @@
 """The command line: few verbs, the configuration first.
 
-Owns: options, what is printed, exit codes (0 good, 1 a request failed, 2 wrong argument or configuration, 130 Ctrl-C).
+Owns: options, what is printed, exit codes: 0 good, also of a server that was told to stop; 1 a request failed, or a
+device, or something is still held at the end; 2 a wrong argument or configuration; 130 interrupted before the end.
 Must not know: how anything is done. Ray and torch are imported by the verbs that need them, so that `check` is quick.
 """
 
 import json
 import logging
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -25,9 +27,20 @@ app = typer.Typer(
     help="A CloudMatrix-style supernode that runs without one.",
 )
 
+
+def _check_writable(path: Path | None) -> Path | None:
+    """Before the work, not after it."""
+    if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise typer.BadParameter(f"{path} cannot be written.")
+    return path
+
+
 Config = Annotated[str, typer.Argument(help="Preset, such as laptop, or a YAML file.", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set a.b=c.", metavar="KEY=VALUE")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.", dir_okay=False)]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write the result to this file.", dir_okay=False, callback=_check_writable),
+]
 Ray = Annotated[
     str | None,
     typer.Option("--address", envvar="RAY_ADDRESS", help="Join this Ray cluster instead of starting a local one."),
@@ -64,7 +77,10 @@ def serve(
     shards: Shards = "torch",
     address: Ray = None,
 ) -> None:
-    """Serve an OpenAI-compatible endpoint until Ctrl-C."""
+    """Serve an OpenAI-compatible endpoint until Ctrl-C or SIGTERM; then the exit code is 0.
+
+    The line with the address goes to standard output once requests are taken, everything else to standard error.
+    """
     from serving.config_file import load_config
     from serving.live import serve_forever
 
@@ -247,12 +263,9 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         app()
-    except ConfigError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
     except ServingError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 

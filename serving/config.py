@@ -119,6 +119,7 @@ class RaySection(Section):
     """How devices become actors."""
 
     pack: Literal["npu", "node"] = "npu"
+    ranks: Literal["lockstep", "batched"] = "lockstep"  # of one actor: each on its own, or merged into one batch
     startup_timeout_s: PositiveFloat = 120.0
     exchange: Literal["auto", "shared_memory", "gloo"] = "auto"
     exchange_timeout_s: PositiveFloat = 60.0

@@ -52,6 +52,7 @@ class Frontend:
         self._lives: dict[RequestId, Life] = {}
         self._num_requests = 0
         self._is_draining = False
+        self._filler = () if tokenizer is None else tuple(tokenizer.encode("~")[:1])
         cluster.on_capacity = self._admit_waiting
 
     @property
@@ -109,6 +110,7 @@ class Frontend:
             sampling=dataclasses.replace(generate.sampling, seed=self._draw_seed() if seed is None else seed),
         )
         life = Life(request, order=self._next_order())
+        life.filler = self._filler
         self._start(life)
         life.stream = TokenStream(
             lambda stop: self._end(life, OutcomeReason.ABORT if stop is None else OutcomeReason.STOP)

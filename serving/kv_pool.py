@@ -52,6 +52,7 @@ class KvPool:
         self._log = log
         self._block_bytes = block_bytes
         self._block_size = block_size
+        self._lost_hosts: set[int] = set()
         self.num_loaded_blocks = 0
         self.num_stored_blocks = 0
 
@@ -61,7 +62,13 @@ class KvPool:
         return self.index.find_prefix(hashes) * self._block_size
 
     def lose_host(self, host_id: int) -> None:
-        """Forget a host that is gone, and what it held; its part of what is read or written now will not arrive."""
+        """Forget a host that is gone, and what it held; its part of what is read or written now will not arrive.
+
+        Told twice, by two channels to it, it is still lost once.
+        """
+        if host_id in self._lost_hosts:
+            return
+        self._lost_hosts.add(host_id)
         num_blocks = self.index.remove_host(host_id)
         self._log.append(self._clock.now_ns(), "host_lost", f"host-{host_id}", blocks=num_blocks)
 

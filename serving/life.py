@@ -18,6 +18,7 @@ FINISH_REASON: dict[OutcomeReason, FinishReason] = {
     OutcomeReason.ABORT: "abort",
     OutcomeReason.ERROR: "error",
 }
+CERTAIN = TokenLogprobs(logprob=0.0, top=())
 OnToken = Callable[[Request, tuple[int, ...], TokenLogprobs | None], None]
 
 
@@ -28,6 +29,7 @@ class Life:
         self.request = request
         self.order = order
         self.stream: TokenStream | None = None
+        self.filler: tuple[int, ...] = ()  # what its reader gets for a timing shard's token, which has no value
         self.listener: OnToken | None = None
         self.task: asyncio.Task[None] | None = None
         self.is_running = False
@@ -45,6 +47,10 @@ class Life:
         if self.first_token_wall_ns is None:
             self.first_token_wall_ns = self.last_token_wall_ns
         if self.stream is not None:
+            if not token_ids:
+                assert isinstance(request.sampling, SamplingParams)
+                token_ids = self.filler
+                logprobs = None if request.sampling.logprobs is None else CERTAIN
             self.stream.push(token_ids, logprobs)
 
     def stop_token(self, reason: OutcomeReason) -> int | None:

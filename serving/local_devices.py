@@ -21,7 +21,11 @@ def local_transport(config: RunConfig, checkpoint: Path) -> WorkerTransport:
     peers = LocalPeers()
     ranks = {}
     for instance_id, plans in npu_worker_plans(config, checkpoint).items():
-        whole = dataclasses.replace(plans[0], npus=tuple(npu for plan in plans for npu in plan.npus))
+        whole = dataclasses.replace(
+            plans[0],
+            npus=tuple(npu for plan in plans for npu in plan.npus),
+            merged=plans[0].merged if len(plans) == 1 else None,
+        )
         peers.workers[whole.worker_id] = NpuWorker(whole, peers=peers)
         ranks[instance_id] = [(whole.worker_id, whole.ranks)]
     hosts = host_plans(config)

@@ -65,6 +65,7 @@ class MetricFamilies:
             "Simulated time added because real compute was slower than its charged time.",
             (),
         )
+        self.held = gauge("supernode:held", "What requests hold now, of each kind; all 0 at rest.", ("resource",))
         self.simulated_time = gauge("supernode:simulated_time_seconds", "The simulated clock.", ())
 
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens prefilled or found in a cache.")

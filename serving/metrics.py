@@ -86,6 +86,11 @@ class Metrics:
     def add_plane_bytes(self, plane: str, num_bytes: int) -> None:
         self._families.plane_bytes.labels(plane).inc(num_bytes)
 
+    def set_held(self, held: Mapping[str, int]) -> None:
+        """Blocks, leases, slots ...: what requests hold now."""
+        for resource, amount in held.items():
+            self._families.held.labels(resource).set(amount)
+
     def set_clock(self, *, simulated_s: float, lag_s: float) -> None:
         self._families.simulated_time.set(simulated_s)
         self._families.clock_lag.set(lag_s)

@@ -100,5 +100,7 @@ class Observer:
             carried = self._cluster.fabric.stats(plane).num_bytes  # type: ignore[arg-type]
             self._metrics.add_plane_bytes(plane, carried - self._plane_bytes[plane])
             self._plane_bytes[plane] = carried
+        held = {"lives": self._frontend.num_lives, "queued": self._frontend.num_waiting}
+        self._metrics.set_held(self._cluster.held() | held)
         clock = self._cluster.clock
         self._metrics.set_clock(simulated_s=clock.now_ns() / 1e9, lag_s=getattr(clock, "lag_ns", 0) / 1e9)

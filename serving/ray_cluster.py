@@ -134,14 +134,15 @@ class RayCluster:
         _ready, waiting = ray.wait(list(refs.values()), num_returns=len(refs), timeout=self._timeout_s)
         late = [worker_id for worker_id, ref in refs.items() if ref in waiting]
         if late:
-            raise EngineFailure(f"workers {', '.join(late)} did not answer within {self._timeout_s} s")
+            raise EngineFailure(
+                f"workers {', '.join(late)} did not answer within ray.startup_timeout_s {self._timeout_s:g}"
+            )
         results = {}
         for worker_id, ref in refs.items():
             try:
                 results[worker_id] = ray.get(ref)
             except ray.exceptions.RayError as error:
-                cause = getattr(error, "cause", None) or error
-                raise EngineFailure(f"worker {worker_id}: {type(cause).__name__}: {cause}") from error
+                raise EngineFailure(f"worker {worker_id}: {_reason(error)}") from error
         return results
 
     def node_ip(self, node_id: str) -> str:
@@ -185,7 +186,9 @@ class RayCluster:
         group = placement_group(bundles, strategy=strategy)
         self._groups.append(group)
         if not group.wait(self._timeout_s):
-            raise EngineFailure(f"Ray could not place {len(bundles)} workers within {self._timeout_s} s: {bundles}")
+            raise EngineFailure(
+                f"Ray could not place workers of {bundles} within ray.startup_timeout_s {self._timeout_s:g}"
+            )
         nodes = placement_group_table(group)["bundles_to_node_id"]
         here = ray.get_runtime_context().get_node_id()
         for index, plan in enumerate(plans):
@@ -202,3 +205,12 @@ class RayCluster:
             actor = actor_class.options(**options).remote(plan, listen=listen, authkey=self._session.authkey)
             self._actors[plan.worker_id] = actor
             self._node_of[plan.worker_id] = node
+
+
+def _reason(error: ray.exceptions.RayError) -> str:
+    """What went wrong in a worker, without the trace through Ray: of an error at its creation, the last line."""
+    cause = getattr(error, "cause", None)
+    if cause is not None:
+        return f"{type(cause).__name__}: {cause}"
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint import write_random_checkpoint
+from model.tokenizer import Tokenizer, TokenizerError
 from serving.build import exchange_window_bytes, host_plans, npu_worker_plans
 from serving.channel import AsyncChannel
 from serving.config import RunConfig
 from serving.core.ids import InstanceId
+from serving.errors import ConfigError
 from serving.ray_cluster import Placed, RayCluster
 from serving.session import Session
 from serving.shared_memory import WindowGroupSpec
@@ -25,11 +27,24 @@ CLOSE_TIMEOUT_S = 5.0
 
 
 def checkpoint_directory(config: RunConfig, session: Session) -> Path:
-    """Where the weights are; random ones are written there first."""
-    if config.model.checkpoint != "random":
-        return Path(config.model.checkpoint)
-    directory = session.folder / "checkpoint"
-    write_random_checkpoint(directory, config.shape, config.seed)
+    """Where the weights are; random ones are written there first. Raises ConfigError if it lacks files."""
+    if config.model.checkpoint == "random":
+        directory = session.folder / "checkpoint"
+        write_random_checkpoint(directory, config.shape, config.seed)
+        return directory
+    directory = Path(config.model.checkpoint).resolve()  # workers may have another current directory
+    for names in (("tokenizer.json",), ("model.safetensors", "model.safetensors.index.json")):
+        if not any((directory / name).is_file() for name in names):
+            raise ConfigError(f"model.checkpoint: {directory} has no {' nor '.join(names)}")
+    try:
+        vocab_size = Tokenizer.from_file(directory / "tokenizer.json").vocab_size
+    except TokenizerError as error:
+        raise ConfigError(f"model.checkpoint: {error}") from None
+    if vocab_size > config.shape.vocab_size:
+        raise ConfigError(
+            f"model.checkpoint: {directory / 'tokenizer.json'} has {vocab_size} tokens, "
+            f"vocab_size of {config.model.config} is {config.shape.vocab_size}"
+        )
     return directory
 
 
@@ -126,7 +141,7 @@ class RayDevices:
     def _group_spec(self, instance_id: InstanceId, plans: Sequence[NpuWorkerPlan]) -> Any:
         """How the workers of one instance exchange: shared memory on one node, gloo between nodes."""
         config = self._config
-        ranks_by_process = tuple(plan.ranks for plan in plans)
+        ranks_by_process = tuple(plan.exchange_ranks for plan in plans)
         world_size = sum(len(ranks) for ranks in ranks_by_process)
         one_node = len({self._placed[plan.worker_id].node_id for plan in plans}) == 1
         kind = config.ray.exchange
@@ -135,7 +150,7 @@ class RayDevices:
                 path=str(self._session.windows / instance_id),
                 world_size=world_size,
                 ranks_by_process=ranks_by_process,
-                window_bytes=exchange_window_bytes(config, plans[0].npus[0].ranks[0].layout),
+                window_bytes=exchange_window_bytes(config, (plans[0].merged or plans[0].npus[0].ranks[0]).layout),
                 timeout_s=config.ray.exchange_timeout_s,
                 epoch=0,
             )

@@ -6,6 +6,7 @@ Must not know: routes (serving/http_api.py), the cluster, signals (serving/inter
 
 import asyncio
 import contextlib
+import errno
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 
@@ -30,7 +31,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(1024)
     except OSError as error:
         listener.close()
-        raise ConfigError(f"server.port: {host}:{port}: {error.strerror or error}") from None
+        field = "host" if error.errno == errno.EADDRNOTAVAIL else "port"
+        raise ConfigError(f"server.{field}: {host}:{port}: {error.strerror or error}") from None
     return listener
 
 

@@ -11,7 +11,7 @@ RDMA and one-sided UB transfers are; the other side takes no decision and its st
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import AuthenticationError
@@ -28,6 +28,7 @@ from model.config import ModelConfig
 from model.layout import RankLayout
 from model.step import StepInput, StepOutput
 from serving import channel
+from serving.batched_ranks import merge_steps, share_output, split_output
 from serving.errors import EngineFailure
 from serving.shared_memory import WindowGroupSpec
 
@@ -65,6 +66,17 @@ class NpuWorkerPlan:
     npus: tuple[NpuPlan, ...]
     spec: NpuSpec
     reserved_bytes: Mapping[str, int]  # per die, as charged: weights, buffers, cache
+    merged: RankPlan | None = None  # all ranks as one (serving/batched_ranks.py); None: in lockstep
+
+    @property
+    def is_data_parallel(self) -> bool:
+        """Whether each rank has requests and blocks of its own."""
+        return self.npus[0].ranks[0].layout.attention == "data_parallel"
+
+    @property
+    def exchange_ranks(self) -> tuple[int, ...]:
+        """Ranks that this worker drives in its group: its own, or the merged one."""
+        return self.ranks if self.merged is None else (self.merged.layout.rank,)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -173,12 +185,20 @@ class NpuWorker(_Served):
         from model.collectives import exchange_in_process, run_lockstep
         from serving.rank import ModelRank
 
+        self._merged = None
+        if plan.merged is not None:
+            self._merged = ModelRank(plan.merged)
+            # Blocks of a member rank: its own part of the merged cache, or (sequence_tensor) all of it.
+            self._num_member_blocks = plan.npus[0].ranks[0].num_blocks if plan.is_data_parallel else 0
         self._npus: list[Npu[StepInput, StepOutput]] = []
         self._place: dict[int, tuple[Npu[StepInput, StepOutput], int]] = {}  # rank -> its NPU and die
         for npu_plan in plan.npus:
             npu: Npu[StepInput, StepOutput] = Npu(npu_plan.npu_id, plan.spec, num_dies=len(npu_plan.ranks))
             for die, rank_plan in enumerate(npu_plan.ranks):
-                npu.load(die, partial(ModelRank, rank_plan), reserved_bytes=plan.reserved_bytes)
+                make_rank: Callable[[], Any] = partial(ModelRank, rank_plan)
+                if self._merged is not None:
+                    make_rank = partial(self._merged.member, len(self._place), num_blocks=self._num_member_blocks)
+                npu.load(die, make_rank, reserved_bytes=plan.reserved_bytes)
                 self._place[rank_plan.layout.rank] = (npu, die)
             self._npus.append(npu)
         self._run_lockstep = run_lockstep
@@ -218,15 +238,29 @@ class NpuWorker(_Served):
     def step(self, inputs: Sequence[StepInput], charged_ns: int) -> list[StepOutput]:
         """One step of the local ranks, in rank order, together with the group's other workers."""
         start_ns, start_cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
-        generators = []
-        for npu in self._npus:
-            own, inputs = inputs[: npu.num_dies], inputs[npu.num_dies :]
-            generators += npu.forward(own, charged_ns=charged_ns)
-        outputs = self._run_lockstep(generators, exchange=self._timed_exchange)
+        outputs = self._step_merged(inputs, charged_ns) if self._merged else self._step_each(inputs, charged_ns)
         self._times.num_steps += 1
         self._times.wall_ns += time.perf_counter_ns() - start_ns
         self._times.cpu_ns += time.thread_time_ns() - start_cpu_ns
         return outputs
+
+    def _step_each(self, inputs: Sequence[StepInput], charged_ns: int) -> list[StepOutput]:
+        """Every rank on its own, in lockstep."""
+        generators = []
+        for npu in self._npus:
+            own, inputs = inputs[: npu.num_dies], inputs[npu.num_dies :]
+            generators += npu.forward(own, charged_ns=charged_ns)
+        return self._run_lockstep(generators, exchange=self._timed_exchange)
+
+    def _step_merged(self, inputs: Sequence[StepInput], charged_ns: int) -> list[StepOutput]:
+        """All local ranks as one batch."""
+        assert self._merged is not None
+        for npu in self._npus:
+            npu.charge(charged_ns)
+        num_blocks = self._num_member_blocks
+        merged = merge_steps(inputs, num_blocks=num_blocks) if num_blocks else inputs[0]
+        [output] = self._run_lockstep([self._merged.step(merged)], exchange=self._timed_exchange)
+        return split_output(output, inputs) if num_blocks else share_output(output, len(inputs))
 
     def step_times(self) -> "StepTimes":
         """Where the steps' real time went so far."""

@@ -127,6 +127,49 @@ def test_whoever_waits_hears_of_a_loss_even_if_nobody_ran_any_more(run_system, m
     assert (reply.finish_reason, reply.error) == ("error", f"instance colocated-0: {LOST}")
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_an_instance_may_be_lost_while_it_has_nothing_to_do(run_system, make_config, fake_devices, prompt, role):
+    config = make_config("disaggregated")
+
+    async def program(system):
+        await system.generate("r0", prompt(5))
+        system.cluster.lose_instance(f"{role}-0", "npu-3's process is gone")
+        reply = await system.generate("r1", prompt(5))  # before anybody has noticed
+        assert not system.frontend.health()
+        with pytest.raises(EngineFailure, match=f"instance {role}-0: npu-3's process is gone"):
+            system.submit("r2", prompt(5))
+        return reply
+
+    reply = run_system(config, program, transport=fake_devices(config), step_ns=STEP_NS)
+    assert (reply.finish_reason, reply.error) == ("error", f"instance {role}-0: npu-3's process is gone")
+
+
+@pytest.mark.parametrize("when_ns", [10_000, 1_020_000, 1_200_000, 2_500_000])
+def test_a_host_that_is_lost_costs_nobody_a_request(run_system, make_config, fake_devices, prompt, when_ns):
+    config = make_config("disaggregated")
+    devices = fake_devices(config)
+    prompts = [prompt(20) + prompt(i, seed=i) for i in range(1, 6)]
+
+    async def lose(system):
+        await system.clock.sleep_until(when_ns)
+        system.cluster.lose_host(0)
+        for item in [item for item in devices.stored if item.host_id == 0]:
+            del devices.stored[item]
+
+    async def program(system):
+        losing = asyncio.ensure_future(lose(system))
+        readers = []
+        for i, tokens in enumerate(prompts):
+            await system.clock.sleep_until(i * 1_000_000)
+            readers.append(asyncio.ensure_future(system.generate(f"r{i}", tokens, max_tokens=3)))
+        replies = await asyncio.gather(*readers)
+        await losing
+        return replies
+
+    replies = run_system(config, program, transport=devices, step_ns=STEP_NS)
+    assert [reply.token_ids for reply in replies] == [devices.generate(tokens, 3) for tokens in prompts]
+
+
 def test_a_failed_hand_over_fails_its_request_alone(run_system, make_config, fake_devices, prompt):
     config = make_config("disaggregated", "instances.decode.npus=1", "instances.decode.max_num_seqs=2")
     lost = EngineFailure("pull_blocks: the peer's process is gone")

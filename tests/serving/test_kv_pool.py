@@ -12,7 +12,7 @@ from serving.core.event_log import EventLog
 from serving.core.pool_index import PoolIndex
 from serving.errors import EngineFailure
 from serving.kv_pool import KvPool
-from serving.transport import PoolObject, RankRef
+from serving.transport import RankRef
 
 STEP_NS = {"prefill": 1_000_000, "decode": 50_000, "colocated": 200_000}
 BLOCK_BYTES = 281_088  # of 4 tokens, as charged
@@ -196,18 +196,26 @@ def test_an_ended_lease_costs_nothing_while_nobody_needs_the_room(run_pool, prom
     run_pool(program, lease_ns=1)
 
 
-def test_a_host_that_leaves_takes_its_part_of_a_prefix_with_it(run_pool, prompt):
+@pytest.mark.parametrize("move", ["load", "store"])
+def test_a_host_that_is_lost_takes_what_it_had_and_what_was_on_its_way(run_pool, prompt, move):
     async def program(pool, store, load, clock):
         await store(prompt(16))
 
         async def leave():
             await clock.sleep_until(clock.now_ns() + 2_000)
-            pool.index.remove_host(0)
+            pool.lose_host(0)
+            pool.lose_host(0)  # whoever else has a channel to it
 
         leaving = asyncio.ensure_future(leave())
-        assert await load(prompt(16)) == 0
+        if move == "load":
+            assert await load(prompt(16)) == 0
+        else:
+            await store(prompt(16, seed=2))
         await leaving
-        pool._transport.pool_free([PoolObject(host_id=0, handle=handle) for handle in range(4)])  # it is off
+        pool._transport.stored.clear()
+        assert pool.find_prefix_tokens(hash_prompt(prompt(16), 4)) == 0
+        await store(prompt(16))  # there is no host any more
+        assert pool.num_stored_blocks == 4
 
     run_pool(program)
 
@@ -265,9 +273,7 @@ def test_a_request_whose_lease_ends_too_soon_computes_its_prefix(
 
 @pytest.mark.parametrize("method", ["pool_load", "pool_store"])
 @pytest.mark.parametrize("error", [LOST, RuntimeError("flipped bit")], ids=["device", "bug"])
-def test_a_broken_pool_fails_at_most_the_request_that_reads(
-    run_system, make_config, fake_devices, prompt, method, error
-):
+def test_a_broken_pool_fails_nobody_but_for_a_bug(run_system, make_config, fake_devices, prompt, method, error):
     config = make_config("disaggregated", "instances.decode.npus=1", "instances.decode.max_num_seqs=2")
     devices = fake_devices(config, faults={method: [error]})
 

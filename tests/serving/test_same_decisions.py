@@ -89,6 +89,7 @@ def overrides(draw, role):
         "seed": draw(st.integers(0, 100)),
     }
     if role == "decode":
+        values["instances.prefill.prefix_caching"] = draw(st.sampled_from(["true", "false"]))
         values["instances.prefill.count"] = draw(st.sampled_from([1, 2]))
         values["instances.prefill.max_num_batched_tokens"] = draw(st.sampled_from([8, 30, 64]))
     return [f"{key}={value:.6f}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()]

@@ -101,6 +101,9 @@ def num_events(system, kind):
         ("laptop", ()),
         ("laptop-2p2d", ()),
         ("colocated", ("timing.microbatch=false", "clock.scale=0")),
+        ("colocated", ("ray.pack=node", "ray.ranks=batched")),
+        ("laptop-2p2d", ("ray.pack=node", "ray.ranks=batched")),
+        ("disaggregated", ("instances.decode.dies_per_npu=2", "ray.ranks=batched", "model.dispatch_dtype=float32")),
     ],
     ids=str,
 )
