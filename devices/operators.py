@@ -10,6 +10,7 @@ operator are its weights, inputs and outputs, each touched once, which is how th
 """
 
 import math
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -39,13 +40,15 @@ from model import work
 from model.config import ModelConfig
 
 Seconds = npt.NDArray[np.float64]
-Tokens = npt.NDArray[np.float64]
+# Tokens or seconds of one rank, or an array over ranks: on a few ranks numpy's calls cost more than a loop.
+Amount = TypeVar("Amount", float, npt.NDArray[np.float64])
 
 
 class Operators:
     """Seconds of the operators of one model on one machine.
 
-    Attention takes arrays over ranks, since ranks differ; the rest takes the numbers of the rank that decides.
+    Attention takes numbers of one rank or arrays over ranks, since ranks differ; the rest takes the numbers of the rank
+    that decides.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class Operators:
         self._dispatch_fixed_s = self._fixed_s(TABLE_7_DISPATCH_US, TABLE_7_DISPATCH_BYTES)
         self._combine_fixed_s = self._fixed_s(TABLE_7_COMBINE_US, TABLE_7_COMBINE_BYTES)
 
-    def absorbed_attention(self, tokens: Tokens, context: Tokens, kv: Tokens, share: Share) -> dict[str, Seconds]:
+    def absorbed_attention(self, tokens: Amount, context: Amount, kv: Amount, share: Share) -> dict[str, Amount]:
         """MLA in latent space: MLAProlog, fused attention, O_proj (arXiv 2506.12708, section 4.2.2)."""
         c, f = self._config, self._flops
         heads = c.num_attention_heads
@@ -87,7 +90,7 @@ class Operators:
         o_proj = self._int8(tokens, f.absorb_v + f.o_proj, o_bytes, share)
         return {"mla_prolog": prolog, "attention": attention, "o_proj": o_proj, "norms": self._norms(tokens)}
 
-    def naive_attention(self, tokens: Tokens, context: Tokens, kv: Tokens, share: Share) -> dict[str, Seconds]:
+    def naive_attention(self, tokens: Amount, context: Amount, kv: Amount, share: Share) -> dict[str, Amount]:
         """Multi-head form on one rank: every context token is expanded to all heads first."""
         c, f = self._config, self._flops
         heads = c.num_attention_heads
@@ -109,7 +112,7 @@ class Operators:
             "norms": self._norms(tokens),
         }
 
-    def split_attention(self, tokens: Tokens, context: Tokens, kv: Tokens) -> dict[str, Seconds]:
+    def split_attention(self, tokens: Amount, context: Amount, kv: Amount) -> dict[str, Amount]:
         """SP-TP-SP prefill on `ep` dies (arXiv 2506.12708, section 4.3.1); each argument is one die's part.
 
         Down-projections on a slice of the sequence, latents gathered, all tokens on the die's heads, outputs exchanged
@@ -221,13 +224,16 @@ class Operators:
         """Fused sampling on the NPU: softmax, filter, draw, each one pass over the logits."""
         return self._vector(3 * samples * self._config.vocab_size * FP32_BYTES) if samples else 0.0
 
-    def _roofline(self, flops: Tokens, flops_per_s: float, num_bytes: Tokens, launch_s: float) -> Seconds:
-        seconds: Seconds = np.maximum(flops / flops_per_s, num_bytes / self._hbm_bytes_per_s)
-        return seconds + launch_s
+    def _roofline(self, flops: Amount, flops_per_s: float, num_bytes: Amount, launch_s: float) -> Amount:
+        compute_s, memory_s = flops / flops_per_s, num_bytes / self._hbm_bytes_per_s
+        if isinstance(compute_s, float):
+            return max(compute_s, memory_s) + launch_s
+        seconds: Amount = np.maximum(compute_s, memory_s) + launch_s
+        return seconds
 
     def _int8(
-        self, tokens: Tokens, flops_per_token: float, bytes_per_token: float, share: Share, *, weight_split: int = 1
-    ) -> Seconds:
+        self, tokens: Amount, flops_per_token: float, bytes_per_token: float, share: Share, *, weight_split: int = 1
+    ) -> Amount:
         """A product with INT8 weights; their number is half the FLOPs per token."""
         weight_bytes = flops_per_token / 2 * INT8_BYTES / weight_split
         return self._roofline(
@@ -237,7 +243,7 @@ class Operators:
             self._rates.cube_launch_s,
         )
 
-    def _norms(self, tokens: Tokens) -> Seconds:
+    def _norms(self, tokens: Amount) -> Amount:
         """Three small vector operators of the attention half: norm and quantise, rotate and store KV, quantise."""
         num_bytes = 3 * 2 * BF16_BYTES * self._config.hidden_size * tokens
         return num_bytes / self._hbm_bytes_per_s + 3 * self._rates.vector_launch_s
@@ -245,9 +251,9 @@ class Operators:
     def _vector(self, num_bytes: float) -> float:
         return num_bytes / self._hbm_bytes_per_s + self._rates.vector_launch_s
 
-    def _collective(self, num_bytes: Tokens, bytes_per_s: float) -> Seconds:
+    def _collective(self, num_bytes: Amount, bytes_per_s: float) -> Amount:
         if self._deployment.ep == 1:
-            return np.zeros_like(num_bytes)
+            return num_bytes * 0.0
         return num_bytes / bytes_per_s + self._ub_latency_s + self._rates.vector_launch_s
 
     def _num_copies(self, tokens: float) -> float:

@@ -19,21 +19,23 @@ Every layer ends in an all-to-all, so the slowest rank sets its time. Ranks stan
 `deployment.ep` dies: tokens per expert follow from the mean over ranks.
 """
 
-from collections.abc import Mapping
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from devices.operators import Operators, Seconds, Tokens
+from devices.operators import Operators, Seconds
 from devices.rates import ATTENTION_STREAM, MOE_STREAM, WHOLE_DIE, ExpertDeployment, Rates, Share
 from devices.spec import SupernodeSpec
-from devices.step_work import StepTime, StepWork
+from devices.step_work import IntArray, StepTime, StepWork
 from model.config import ModelConfig
 
 __all__ = ["DEFAULT_IMBALANCE", "Role", "StepTime", "StepTimeModel", "StepWork"]
 
 Role = Literal["prefill", "decode", "colocated"]
 Parts: TypeAlias = dict[str, float]  # operator -> exposed seconds
+AttentionForm: TypeAlias = Callable[..., dict[str, Any]]  # a method of Operators
+FEW_RANKS = 16  # up to which ranks are estimated one by one, without arrays
 
 # Load of the hottest die over the mean.
 DEFAULT_IMBALANCE: Mapping[Role, float] = {
@@ -121,19 +123,27 @@ class StepTimeModel:
 
     def _attention(self, work: StepWork, share: Share, *, fraction: float) -> Parts:
         """Operators of the attention half of a layer on the slowest rank, for `fraction` of the step's work."""
-        tokens: Tokens = work.num_tokens.astype(np.float64) * fraction
-        context: Tokens = work.num_context_tokens.astype(np.float64) * fraction
-        kv: Tokens = work.num_kv_tokens.astype(np.float64) * fraction
         if self._role == "prefill":
             # Heads, not tokens, are split in the middle stage: context and KV are the same on every die.
-            context, kv = np.full_like(context, context.mean()), np.full_like(kv, kv.mean())
-            return _of_slowest_rank(self._operators.split_attention(tokens, context, kv))
-        absorbed = _of_slowest_rank(self._operators.absorbed_attention(tokens, context, kv, share))
+            tokens = float(work.num_tokens.max()) * fraction
+            context, kv = _mean(work.num_context_tokens) * fraction, _mean(work.num_kv_tokens) * fraction
+            return self._operators.split_attention(tokens, context, kv)
+        absorbed = self._of_slowest_rank(self._operators.absorbed_attention, work, share, fraction)
         if self._role == "decode":
             return absorbed
         # Long prompt chunks are cheaper in the multi-head form; an engine picks one for a step.
-        naive = _of_slowest_rank(self._operators.naive_attention(tokens, context, kv, share))
+        naive = self._of_slowest_rank(self._operators.naive_attention, work, share, fraction)
         return min(absorbed, naive, key=_total)
+
+    def _of_slowest_rank(self, form: AttentionForm, work: StepWork, share: Share, fraction: float) -> Parts:
+        """The operators of the rank with the largest sum."""
+        amounts = (work.num_tokens, work.num_context_tokens, work.num_kv_tokens)
+        if work.num_ranks <= FEW_RANKS:
+            ranks = zip(*(values.tolist() for values in amounts), strict=True)
+            return max((form(t * fraction, c * fraction, k * fraction, share) for t, c, k in ranks), key=_total)
+        operators: dict[str, Seconds] = form(*(values * fraction for values in amounts), share)
+        slowest = int(np.argmax(sum(operators.values())))
+        return {name: float(seconds[slowest]) for name, seconds in operators.items()}
 
     def _fused_moe(self, mean_tokens: float, max_tokens: float, share: Share) -> Parts:
         return {
@@ -183,16 +193,14 @@ class StepTimeModel:
 _MOE_NAMES = frozenset({"gate", "dispatch_compute", "dispatch", "experts", "combine", "combine_compute"})
 
 
+def _mean(values: IntArray) -> float:
+    """`ndarray.mean` costs four times as much on so few ranks."""
+    return int(values.sum()) / len(values)
+
+
 def _mean_and_max(work: StepWork) -> tuple[float, float]:
-    """Of the tokens per rank; `ndarray.mean` costs four times a sum on so few ranks."""
-    return int(work.num_tokens.sum()) / work.num_ranks, float(work.num_tokens.max())
-
-
-def _of_slowest_rank(operators: dict[str, Seconds]) -> Parts:
-    """The operators of the rank with the largest sum."""
-    total = sum(operators.values())
-    slowest = int(np.argmax(total))
-    return {name: float(seconds[slowest]) for name, seconds in operators.items()}
+    """Of the tokens per rank."""
+    return _mean(work.num_tokens), float(work.num_tokens.max())
 
 
 def _total(parts: Parts) -> float:
@@ -204,11 +212,9 @@ def _scaled(parts: Parts, factor: float) -> Parts:
 
 
 def _to_step_time(parts: Parts) -> StepTime:
-    """Integer nanoseconds: the total is rounded once, and the parts share what rounding leaves."""
+    """Integer nanoseconds: the total is rounded once, and the longest part takes what rounding the parts leaves."""
     total_ns = round(_total(parts) * 1e9)
     breakdown = {name: int(seconds * 1e9) for name, seconds in parts.items() if seconds > 0}
-    missing_ns = total_ns - sum(breakdown.values())
-    names = sorted(breakdown, key=lambda name: (-(parts[name] * 1e9 % 1), name))
-    for i in range(abs(missing_ns)):
-        breakdown[names[i % len(names)]] += 1 if missing_ns > 0 else -1
+    if breakdown:
+        breakdown[max(breakdown, key=breakdown.__getitem__)] += total_ns - sum(breakdown.values())
     return StepTime(ns=total_ns, breakdown=breakdown)

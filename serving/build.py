@@ -204,13 +204,16 @@ def _charge(config: RunConfig, role: Role) -> Callable[[ScheduledBatch], StepTim
                     num_samples=int(batch.samples.sum()),
                 )
             )
+        num_tokens, num_context_tokens, num_kv_tokens, num_samples = batch.sums_by_rank(
+            scheduled, context, end, batch.samples
+        )
         return model.step(
             StepWork(
-                num_tokens=batch.sum_by_rank(scheduled),
-                num_context_tokens=batch.sum_by_rank(context),
-                num_kv_tokens=batch.sum_by_rank(end),
+                num_tokens=num_tokens,
+                num_context_tokens=num_context_tokens,
+                num_kv_tokens=num_kv_tokens,
                 num_seqs=batch.rank_starts[1:] - batch.rank_starts[:-1],
-                num_samples=batch.sum_by_rank(batch.samples),
+                num_samples=num_samples,
             )
         )
 

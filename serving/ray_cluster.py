@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 NPU, HOST = "NPU", "CPU_HOST"  # names of the custom resources that stand for devices
+CONNECT_TIMEOUT_S = 5.0
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # little more than Ray's minimum: no tensor passes through it
 
 
@@ -89,6 +91,7 @@ class RayCluster:
             "logging_level": logging.ERROR,
         }
         if self._address is not None:
+            _check_reachable(self._address)
             try:
                 with _signal_handlers_kept():
                     ray.init(address=self._address, **common)
@@ -205,6 +208,17 @@ class RayCluster:
             actor = actor_class.options(**options).remote(plan, listen=listen, authkey=self._session.authkey)
             self._actors[plan.worker_id] = actor
             self._node_of[plan.worker_id] = node
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ConfigError if nobody listens at HOST:PORT. Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # `auto` and the like, which Ray looks up
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--address: no Ray cluster at {address!r}: {error}") from None
 
 
 def _reason(error: ray.exceptions.RayError) -> str:

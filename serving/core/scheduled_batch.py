@@ -83,12 +83,12 @@ class ScheduledBatch:
         """Tokens computed in this step, all ranks together."""
         return int(self.num_scheduled_tokens.sum())
 
-    def sum_by_rank(self, values: NDArray[np.integer] | Mask) -> Counts:
-        """Sum of one value per row over each rank's rows, shape (num_ranks,); exact, 0 for an idle rank."""
-        sums = np.zeros(self.num_rows + 1, dtype=np.int64)
-        np.cumsum(values, dtype=np.int64, out=sums[1:])
-        at_starts = sums[self.rank_starts]
-        by_rank: Counts = at_starts[1:] - at_starts[:-1]  # np.diff, of which half the cost is checking arguments
+    def sums_by_rank(self, *values: NDArray[np.integer] | Mask) -> Counts:
+        """Sums of values per row over each rank's rows, shape (len(values), num_ranks); exact, 0 for an idle rank."""
+        sums = np.zeros((len(values), self.num_rows + 1), dtype=np.int64)
+        np.cumsum(values, axis=1, dtype=np.int64, out=sums[:, 1:])
+        at_starts = sums[:, self.rank_starts]
+        by_rank: Counts = at_starts[:, 1:] - at_starts[:, :-1]  # np.diff, of which half the cost is checking arguments
         return by_rank
 
 

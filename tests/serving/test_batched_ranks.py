@@ -39,13 +39,15 @@ steps_of_ranks = st.lists(
 
 
 def test_two_ranks_become_one_batch_with_their_blocks_side_by_side():
-    merged = merge_steps([step([2], [True], 0), StepInput.idle(), step([1, 3], [False, True], 2)], num_blocks=NUM_BLOCKS)
+    merged = merge_steps(
+        [step([2], [True], 0), StepInput.idle(), step([1, 3], [False, True], 2)], num_blocks=NUM_BLOCKS
+    )
     assert merged.query_start.tolist() == [0, 2, 3, 6]
     assert merged.seq_lens.tolist() == [2, 1, 3]
     assert merged.sample_rows.tolist() == [1, 5]
     assert (merged.block_tables[0] < NUM_BLOCKS).all()
-    own_blocks = step([1, 3], [False, True], 2).block_tables
-    assert merged.block_tables[1:, : own_blocks.shape[1]].tolist() == (own_blocks + 2 * NUM_BLOCKS).tolist()
+    own_blocks = last.block_tables + 2 * NUM_BLOCKS
+    assert merged.block_tables[1:, : own_blocks.shape[1]].tolist() == own_blocks.tolist()
 
 
 @given(steps_of_ranks)

@@ -57,7 +57,7 @@ def test_ranks_have_their_own_budget_slots_blocks_and_rows(make_scheduler):
     assert scheduler.rows(batch) == [("r1", 0, 4, False), ("r0", 0, 3, True), ("r2", 0, 1, True)]
     assert batch.ranks.tolist() == [0, 2, 2]
     assert batch.rank_starts.tolist() == [0, 1, 1, 3]  # rank 1 is idle
-    assert batch.sum_by_rank(batch.num_scheduled_tokens).tolist() == [4, 0, 4]
+    assert batch.sums_by_rank(batch.num_scheduled_tokens)[0].tolist() == [4, 0, 4]
     assert scheduler.num_pending_tokens.tolist() == [6, 0, 4]
     scheduler.update(batch)
     assert scheduler.free_blocks.tolist() == [8, 10, 8]
