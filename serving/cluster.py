@@ -141,8 +141,6 @@ class Cluster:
         if self.pool is not None:
             self.pool.lose_host(host_id)
 
-    # ---- places ----
-
     def place(self, request: Request, *, order: int) -> Placed | None:
         """Choose instances for a request and reserve its decode rank's KV space; None if there is no room now."""
         role: Role = "decode" if self.config.disaggregated else "colocated"
@@ -207,8 +205,6 @@ class Cluster:
             np.int64,
         )
 
-    # ---- parts of a life ----
-
     async def prefill(self, request: Request, placed: Placed, *, order: int, sink: TokenSink) -> RunEnd:
         """Compute the prompt (and what was generated before a preemption), and the next token.
 
@@ -245,8 +241,6 @@ class Cluster:
         """Generate from the transferred KV to the request's end, or until it is preempted."""
         assert placed.decode is not None
         return await placed.decode.resume(request, sink=sink)
-
-    # ---- movements ----
 
     def _move(self, movement: Coroutine[Any, Any, None], *holds: Hold) -> "asyncio.Task[None]":
         """Run a movement of blocks as a task that shares `holds` until it is over."""

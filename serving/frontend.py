@@ -148,8 +148,6 @@ class Frontend:
         name = f"sampling/{self._cluster.config.seed}/{self._num_requests}"
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
-    # ---- admission ----
-
     def _start(self, life: Life) -> None:
         """Place the request or queue it. Raises RequestRejected, and EngineFailure when an instance is lost; then the
         request has its outcome, and nothing is held.
@@ -223,8 +221,6 @@ class Frontend:
         for _, _, future in queue:
             if not future.done():
                 future.set_exception(EngineFailure(str(failure)))
-
-    # ---- life ----
 
     async def _live(self, life: Life, admission: "asyncio.Future[Placed]") -> None:
         request = life.request

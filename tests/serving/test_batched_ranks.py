@@ -39,9 +39,8 @@ steps_of_ranks = st.lists(
 
 
 def test_two_ranks_become_one_batch_with_their_blocks_side_by_side():
-    merged = merge_steps(
-        [step([2], [True], 0), StepInput.idle(), step([1, 3], [False, True], 2)], num_blocks=NUM_BLOCKS
-    )
+    last = step([1, 3], [False, True], 2)
+    merged = merge_steps([step([2], [True], 0), StepInput.idle(), last], num_blocks=NUM_BLOCKS)
     assert merged.query_start.tolist() == [0, 2, 3, 6]
     assert merged.seq_lens.tolist() == [2, 1, 3]
     assert merged.sample_rows.tolist() == [1, 5]
