@@ -120,8 +120,9 @@ class LatentAttention:
     ) -> Generator[Collective, Reply, Tensor]:
         """SP: project this rank's slice down. TP: attend with this rank's heads over all tokens. SP: project up.
 
-            rank 0   latents of slice 0 --gather--> all tokens, heads of rank 0 --exchange--> slice 0, all heads -> O
-            rank 1   latents of slice 1 --gather--> all tokens, heads of rank 1 --exchange--> slice 1, all heads -> O
+                  SP                     gather           TP            exchange          SP
+        rank 0  [t0, H] -> latents of t0 ------> T tokens, heads of 0 ------> t0, all heads -> [t0, H]
+        rank 1  [t1, H] -> latents of t1 ------> T tokens, heads of 1 ------> t1, all heads -> [t1, H]
         """
         bounds = self._layout.sequence_bounds(batch.num_tokens)
         own = slice(bounds[self._layout.rank], bounds[self._layout.rank + 1])
