@@ -197,6 +197,8 @@ def bench(
         body = json.loads(extra_body)
     except json.JSONDecodeError as error:
         raise ConfigError(f"--extra-body: not valid JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise ConfigError(f"--extra-body: must be a JSON object, not {type(body).__name__}")
     settings = BenchConfig(
         base_url=url,
         backend=backend,

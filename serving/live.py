@@ -101,6 +101,8 @@ class LiveRun:
                     work.add_done_callback(lambda _: stop.set())
 
             async def end() -> None:
+                if self._interrupts.was_interrupted:
+                    print("shutting down ...", file=sys.stderr, flush=True)
                 if work is not None:
                     work.cancel()
                     await asyncio.wait((work,))
@@ -116,8 +118,9 @@ class LiveRun:
                 await self.devices.close_transport()
 
     def _close_session(self) -> None:
+        num_windows = self.session.num_windows  # what nobody gave back, before it is removed
         self.session.close()
-        self.held |= self.session.held()
+        self.held |= {"processes": self.session.num_processes, "shared_memory_windows": num_windows}
 
 
 def serve_forever(config: RunConfig, *, shards: str, address: str | None) -> dict[str, int]:
@@ -128,7 +131,6 @@ def serve_forever(config: RunConfig, *, shards: str, address: str | None) -> dic
     live = LiveRun(config, shards=shards, address=address)
     with live:
         live.serve(lambda system: print(f"serving {config.model.served_model_name} on {live.url}", flush=True))
-        print("shutting down ...", file=sys.stderr, flush=True)
     return live.held
 
 

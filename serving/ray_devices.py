@@ -16,7 +16,7 @@ from serving.build import exchange_window_bytes, host_plans, npu_worker_plans
 from serving.channel import AsyncChannel
 from serving.config import RunConfig
 from serving.core.ids import InstanceId
-from serving.errors import ConfigError
+from serving.errors import ConfigError, EngineFailure
 from serving.ray_cluster import Placed, RayCluster
 from serving.session import Session
 from serving.shared_memory import WindowGroupSpec
@@ -97,12 +97,15 @@ class RayDevices:
         )
         for worker_id, placed in self._placed.items():
             for lane in ("step", "data"):
-                self._channels[worker_id, lane] = AsyncChannel(
-                    placed.address,
-                    self._session.authkey,
-                    name=worker_id,
-                    on_lost=partial(transport.lose, worker_id),
-                )
+                try:
+                    self._channels[worker_id, lane] = AsyncChannel(
+                        placed.address,
+                        self._session.authkey,
+                        name=worker_id,
+                        on_lost=partial(transport.lose, worker_id),
+                    )
+                except OSError as error:
+                    raise EngineFailure(f"worker {worker_id} cannot be reached: {error}") from error
         return transport
 
     async def close_transport(self) -> None:
@@ -126,7 +129,10 @@ class RayDevices:
         figures = {}
         for instance_id, plans in self._workers.items():
             calls = [self._channels[plan.worker_id, "data"].call("step_times") for plan in plans]
-            times: list[StepTimes] = await asyncio.gather(*calls)
+            replies = await asyncio.gather(*calls, return_exceptions=True)
+            times = [reply for reply in replies if isinstance(reply, StepTimes)]
+            if len(times) < len(plans):  # a worker is lost
+                continue
             slowest = max(times, key=lambda entry: entry.wall_ns)
             steps = max(1, slowest.num_steps)
             figures[f"{instance_id} ms/step wall"] = slowest.wall_ns / steps / 1e6

@@ -64,9 +64,12 @@ class Session:
             else:
                 os.environ[name] = value
 
-    def held(self) -> dict[str, int]:
-        """What of this launch still exists on the machine."""
-        return {
-            "processes": len(reaper.marked_processes(MARK, self.session_id)),
-            "shared_memory_windows": len(list(self.windows.rglob("*"))) if self.windows.exists() else 0,
-        }
+    @property
+    def num_processes(self) -> int:
+        """Processes that this launch started and that still live."""
+        return len(reaper.marked_processes(MARK, self.session_id))
+
+    @property
+    def num_windows(self) -> int:
+        """Files in shared memory. An exchange group removes its own as soon as all have joined."""
+        return sum(not path.is_dir() for path in self.windows.rglob("*"))
