@@ -54,6 +54,10 @@ class Clock(Protocol):
     def now_ns(self) -> int:
         """Simulated nanoseconds since the clock was made. Stands still while anything is ready."""
 
+    @property
+    def lag_ns(self) -> int:
+        """Wall nanoseconds by which events came later than they were due; 0 in virtual time."""
+
     async def sleep_until(self, when_ns: int) -> None:
         """Wait for an instant. A past one counts as now, and still lets everything that is ready go first."""
 

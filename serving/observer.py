@@ -103,4 +103,4 @@ class Observer:
         held = {"lives": self._frontend.num_lives, "queued": self._frontend.num_waiting}
         self._metrics.set_held(self._cluster.held() | held)
         clock = self._cluster.clock
-        self._metrics.set_clock(simulated_s=clock.now_ns() / 1e9, lag_s=getattr(clock, "lag_ns", 0) / 1e9)
+        self._metrics.set_clock(simulated_s=clock.now_ns() / 1e9, lag_s=clock.lag_ns / 1e9)

@@ -75,7 +75,7 @@ def die_plan(config: RunConfig, role: Role) -> DiePlan:
         static_buffer_bytes(
             rank_num=charged.ep,
             local_batch=local_batch,
-            top_k=shape.num_experts_per_tok,
+            top_k=shape.num_experts_per_tok + (charged.num_shared_expert_copies > 0),  # a copy for the shared expert
             experts_per_rank=experts_per_die,
             message_bytes=message_bytes,
         )
@@ -99,6 +99,18 @@ def die_plan(config: RunConfig, role: Role) -> DiePlan:
     return plan
 
 
+def _check_batches(config: RunConfig) -> None:
+    """Raise ConfigError unless the ranks of every actor can be merged, and some actor has more than one."""
+    most = 0
+    for role, section in config.instances.items():
+        npus = min(section.npus, config.hardware.npus_per_node) if config.ray.pack == "node" else 1
+        if section.npus % npus:
+            raise ConfigError(f"ray.ranks: batched: instances.{role}.npus {section.npus} fill no whole nodes of {npus}")
+        most = max(most, npus * config.dies_per_npu(role))
+    if most == 1:
+        raise ConfigError("ray.ranks: batched: every actor has one rank; needs ray.pack: node, or two dies per NPU")
+
+
 def check_plan(config: RunConfig) -> list[DiePlan]:
     """The plans of all roles. Raises ConfigError if HBM, DRAM or the number of devices does not suffice."""
     hardware = config.hardware
@@ -111,6 +123,8 @@ def check_plan(config: RunConfig) -> list[DiePlan]:
             f"instances: {nodes} nodes of {per_node} NPUs, since each instance begins on a node of its own; "
             f"{hardware.name} has {hardware.num_npus // per_node}"
         )
+    if config.ray.ranks == "batched":
+        _check_batches(config)
     if config.kv_pool.enabled:
         if config.kv_pool.hosts > hardware.num_hosts:
             raise ConfigError(f"kv_pool.hosts: {config.kv_pool.hosts}, {hardware.name} has {hardware.num_hosts}")

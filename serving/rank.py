@@ -1,6 +1,6 @@
 """One rank of the live model: its slice of the weights, its latent cache, its forward.
 
-Owns: the tensors of one die. The only module of `serving` that needs torch.
+Owns: the tensors of one die. With the gloo exchange the only module of `serving` that needs torch.
 Must not know: other ranks but through the collectives that its forward yields; requests; processes.
 """
 

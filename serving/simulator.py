@@ -26,7 +26,7 @@ from serving.transport import Transport
 from serving.workload import Workload, synthetic_workload
 from serving.workload_run import WorkloadRun
 
-FIRST_TEXT_TOKEN = 16  # lower ids are special tokens in every tokenizer that we ship
+FIRST_TEXT_TOKEN = 16  # of prompts made from random ids: above the control tokens of the shipped tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

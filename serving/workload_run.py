@@ -28,7 +28,7 @@ OUTCOME_OF_STATE: dict[RequestState, Outcome] = {
 
 @dataclass(slots=True)
 class TokenTimes:
-    """Instants of a request's tokens. Implements engine.TokenSink."""
+    """Instants of a request's tokens. Implements life.OnToken."""
 
     clock: Clock
     instants_ns: list[int] = field(default_factory=list)
