@@ -5,7 +5,7 @@ Must not know: how operators overlap, steps, clocks.
 Source: roofline (the slower of compute and memory) with a fixed cost; arXiv 2506.12708, sections 4.2 and 4.3, for what
 each operator does.
 
-Everything is vectorised: token counts are float arrays or scalars, and seconds have the same shape. Bytes of an
+Everything is vectorized: token counts are float arrays or scalars, and seconds have the same shape. Bytes of an
 operator are its weights, inputs and outputs, each touched once, which is how the paper's table 10 counts them.
 """
 
@@ -65,10 +65,10 @@ class Operators:
         self._params = work.parameter_counts(config)
         die, ub = supernode.npu.die, supernode.planes["ub"]
         self._num_aiv = die.num_aiv
-        self._int8_flops_per_s = die.int8_flops_per_s * rates.gemm_utilisation
-        self._bf16_gemm_flops_per_s = die.bf16_flops_per_s * rates.gemm_utilisation
-        self._mla_flops_per_s = die.bf16_flops_per_s * rates.mla_utilisation
-        self._hbm_bytes_per_s = die.hbm_bytes_per_s * rates.memory_utilisation
+        self._int8_flops_per_s = die.int8_flops_per_s * rates.gemm_utilization
+        self._bf16_gemm_flops_per_s = die.bf16_flops_per_s * rates.gemm_utilization
+        self._mla_flops_per_s = die.bf16_flops_per_s * rates.mla_utilization
+        self._hbm_bytes_per_s = die.hbm_bytes_per_s * rates.memory_utilization
         self._ub_port_bytes_per_s = ub.die_port_bytes_per_s
         self._ub_write_bytes_per_s = ub.paths["npu_npu", "write", "inter"].bytes_per_s
         self._ub_latency_s = ub.paths["npu_npu", "write", "inter"].latency_ns * 1e-9
@@ -191,7 +191,7 @@ class Operators:
         return self._bulk(tokens, work.combine_message_bytes(self._config), BULK_COMBINE_GB_PER_S)
 
     def dispatch_compute(self, tokens: float) -> float:
-        """DispatchCompute of prefill on vector cores: quantise and permute to be sent, permute what was received."""
+        """DispatchCompute of prefill on vector cores: quantize and permute to be sent, permute what was received."""
         message = work.dispatch_message_bytes(self._config)
         return self._vector(self._num_copies(tokens) * (BF16_BYTES * self._config.hidden_size + 3 * message))
 
@@ -244,7 +244,7 @@ class Operators:
         )
 
     def _norms(self, tokens: Amount) -> Amount:
-        """Three small vector operators of the attention half: norm and quantise, rotate and store KV, quantise."""
+        """Three small vector operators of the attention half: norm and quantize, rotate and store KV, quantize."""
         num_bytes = 3 * 2 * BF16_BYTES * self._config.hidden_size * tokens
         return num_bytes / self._hbm_bytes_per_s + 3 * self._rates.vector_launch_s
 

@@ -11,7 +11,7 @@ Decode, two microbatches 0 and 1, attention on one share of the cores and mixtur
 
 Prefill, three resources, each microbatch goes attention, dispatch compute, all-to-all, experts, all-to-all, combine
 compute. Each layer takes the busiest resource's time for both microbatches, or one microbatch's whole chain if
-that is longer. Cube work needs the vector cores too (softmax, SwiGLU, dequantisation), so vector work keeps compute
+that is longer. Cube work needs the vector cores too (softmax, SwiGLU, dequantization), so vector work keeps compute
 waiting by `rates.vector_contention` of its own time. Without microbatches a layer is the plain sum. A step takes the
 better of both, as the paper tunes its split.
 

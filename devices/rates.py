@@ -33,9 +33,9 @@ MOE_STREAM = Share(aic=8 / 24, aiv=16 / 48)  # arXiv 2506.12708, section 4.2.3
 class Rates:
     """What the operators achieve. The defaults are the published figures; a calibration passes others."""
 
-    gemm_utilisation: float = 0.79  # of INT8 peak: arXiv 2506.12708 table 10, mean of its rows
-    mla_utilisation: float = 0.654  # of BF16 peak: table 8
-    memory_utilisation: float = 0.841  # of HBM bandwidth: table 9
+    gemm_utilization: float = 0.79  # of INT8 peak: arXiv 2506.12708 table 10, mean of its rows
+    mla_utilization: float = 0.654  # of BF16 peak: table 8
+    memory_utilization: float = 0.841  # of HBM bandwidth: table 9
     cube_launch_s: float = 10e-6  # fixed cost of an operator: light-llm-simulator conf/hardware_config.py
     attention_launch_s: float = 30e-6  # light-llm-simulator conf/hardware_config.py
     vector_launch_s: float = 2e-6  # Ascend/msmodeling tensor_cast/device.py

@@ -19,7 +19,7 @@ from model.chat import BOS, EOS, PAD
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 
-# Gains over unit-variance initialisation. They keep every mechanism visible in the logits: attention that
+# Gains over unit-variance initialization. They keep every mechanism visible in the logits: attention that
 # picks out tokens rather than averaging them, experts that the router tells apart, and logits far enough
 # apart that rounding differences between parallel layouts (about 1e-5) change no token.
 _QUERY_GAIN = 2.0

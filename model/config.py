@@ -166,7 +166,7 @@ class ModelConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
         """Read the contents of a config.json (or of configs/model/*.yaml).
 
-        Raises ModelConfigError for an unknown key, and for a key whose value asks for other maths than this
+        Raises ModelConfigError for an unknown key, and for a key whose value asks for other math than this
         package's.
         """
         values = {k: v for k, v in raw.items() if k not in _IGNORED_KEYS}

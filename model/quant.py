@@ -1,6 +1,6 @@
 """INT8 quantisation of token copies before they are sent.
 
-Owns: the per-token symmetric scheme and the layout of a quantised row.
+Owns: the per-token symmetric scheme and the layout of a quantized row.
 Must not know: experts, ranks.
 Source: early quantisation of FusedDispatch, arXiv 2506.12708 section 4.2.1; per-token dynamic scales, section
 4.5.

@@ -47,7 +47,7 @@ def sample(
 
 
 def filtered_probabilities(logits: NDArray[np.float32], sampling: SamplingBatch) -> NDArray[np.float64]:
-    """Probabilities (S, V) after temperature, then top-k, then top-p, normalised. Temperatures must be above
+    """Probabilities (S, V) after temperature, then top-k, then top-p, normalized. Temperatures must be above
     0.
 
     top-k keeps the k most likely tokens, the lower id on ties. top-p keeps the fewest most likely tokens

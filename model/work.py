@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from model.config import ModelConfig
 
-SCALE_BYTES = 512  # the 4-byte scale of a quantised token copy is padded to 512 B (arXiv 2506.12708 section 4.2.1)
+SCALE_BYTES = 512  # the 4-byte scale of a quantized token copy is padded to 512 B (arXiv 2506.12708 section 4.2.1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

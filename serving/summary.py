@@ -1,7 +1,7 @@
 """The figures of a run, made of one record per request.
 
 Owns: `summarize`, used alike by the load generator (wall time over HTTP, beside the simulated times that the
-server reported) and by the simulator (virtual time only), and vectorised for a million records.
+server reported) and by the simulator (virtual time only), and vectorized for a million records.
 Must not know: HTTP, how a record came about, how figures are shown (serving/report.py), any clock.
 Source: definitions of `vllm bench serve`: ttft and e2el from sending; tpot = (e2el - ttft) / (tokens - 1),
 absent for one token and then 0 for goodput; itl = gaps between chunks; percentiles interpolate linearly; only

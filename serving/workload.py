@@ -180,7 +180,7 @@ class Workload:
         return dataclasses.replace(self, requests=requests)
 
     def _token_ids(self, streams: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        # Counter-based, so any piece of any stream is one vectorised pass and needs no state.
+        # Counter-based, so any piece of any stream is one vectorized pass and needs no state.
         key = generator_for(self.seed, "tokens").integers(2**64, size=1, dtype=np.uint64)
         mixed = _mix64(_mix64(streams.astype(np.uint64) ^ key) + positions.astype(np.uint64))
         drawn = mixed % np.uint64(len(self.vocabulary))

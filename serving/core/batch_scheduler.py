@@ -2,7 +2,7 @@
 
 Owns: how requests come to an instance, run step by step, and leave it.
 Must not know: time, transfers, the shared pool, what a token is.
-Source: vLLM v1 sched/scheduler.py ("no prefill phase, no decode phase"), vectorised over the ranks.
+Source: vLLM v1 sched/scheduler.py ("no prefill phase, no decode phase"), vectorized over the ranks.
 """
 
 from collections.abc import Callable

@@ -139,7 +139,7 @@ def int8_bound(x, weights, config):
 
     A value is off by at most half a step, e = absmax / 254. Then |dg| <= e |W_g|_1 and |du| <= e |W_u|_1 per row of
     the matrices; silu has slope at most 1.1, so |d(silu(g) u)| <= 1.1 |dg| (|u| + |du|) + |silu(g)| |du|; and the down
-    projection adds up at most |W_d| times that. The gate and a local shared expert see the unquantised token.
+    projection adds up at most |W_d| times that. The gate and a local shared expert see the unquantized token.
     """
     experts, gate_weights = choose_experts(x, weights, config)
     step = x.abs().amax(1, keepdim=True) / 254
@@ -166,7 +166,7 @@ def test_int8_dispatch_stays_within_its_derived_bound(world_size, base_config, c
             assert 0 < float(error.mean() / exact.abs().mean()) < 0.02
 
 
-def test_quantised_rows_are_within_half_a_step_and_zeros_stay_zero():
+def test_quantized_rows_are_within_half_a_step_and_zeros_stay_zero():
     x = tokens(50, type("Shape", (), {"hidden_size": 33})) * torch.logspace(-6, 6, 50).unsqueeze(1)
     x[7] = 0
     values, scale = quantize_rows(x)

@@ -124,7 +124,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p():
 
 
 def test_top_p_counts_within_what_top_k_left():
-    # Of {0.5, 0.25} renormalised, 0.5 is two thirds: enough for p = 0.6.
+    # Of {0.5, 0.25} renormalized, 0.5 is two thirds: enough for p = 0.6.
     logits = np.log(np.array([[0.5, 0.25, 0.15, 0.1]], np.float32))
     probabilities = filtered_probabilities(logits, batch(1, top_k=2, top_p=0.6))
     assert probabilities[0].tolist() == [1, 0, 0, 0]

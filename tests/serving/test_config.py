@@ -188,7 +188,7 @@ def test_a_typo_in_any_key_is_refused(name, tmp_path_factory, data, typo):
         ("seed={a: 1, a: 2}", "line 1: duplicate key 'a'"),
         ("seed={[a]: 1}", "line 1: ['a'] cannot be a key"),
         ("nonsense.x=1", "nonsense: unknown key"),
-        ("model.colour=red", "model.colour: unknown key"),
+        ("model.color=red", "model.color: unknown key"),
     ],
 )
 def test_a_mistake_is_told_by_key_value_and_limit(override, message):
@@ -213,8 +213,8 @@ def test_a_dispatched_shared_expert_needs_exactly_one(tmp_path):
 
 
 def test_all_mistakes_of_one_kind_are_told_at_once():
-    message = refusal("seed=-1", "model.colour=red", "clock.scale=x")
-    assert [part.partition(":")[0] for part in message.split("; ")] == ["model.colour", "clock.scale", "seed"]
+    message = refusal("seed=-1", "model.color=red", "clock.scale=x")
+    assert [part.partition(":")[0] for part in message.split("; ")] == ["model.color", "clock.scale", "seed"]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_a_part_that_cannot_be_read_is_refused(tmp_path):
     for key, value, message in (
         ("hidden_size", None, "hidden_size: None is not an integer"),
         ("hidden_size", -3, "hidden_size: -3 is below 1"),
-        ("colour", "red", "colour: unknown key"),
+        ("color", "red", "color: unknown key"),
         (7, "red", ""),
     ):
         path = write(tmp_path, model | {key: value}, "model.yaml")
