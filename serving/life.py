@@ -7,6 +7,7 @@ Must not know: admission, instances.
 import asyncio
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 from serving.core.request import OutcomeReason, Request
 from serving.messages import FinishReason, Latencies, RequestTimes, SamplingParams, TokenLogprobs
@@ -38,10 +39,13 @@ class Life:
         self.scheduled_wall_ns: int | None = None
         self.first_token_wall_ns: int | None = None
         self.last_token_wall_ns: int | None = None
+        self.token_instants_ns: list[int] = []  # simulated
 
     def __call__(self, request: Request, token_ids: tuple[int, ...], logprobs: TokenLogprobs | None) -> None:
         """One new token."""
         self.last_token_wall_ns = time.monotonic_ns()
+        assert request.last_token_ns is not None
+        self.token_instants_ns.append(request.last_token_ns)
         if self.listener is not None:
             self.listener(request, token_ids, logprobs)
         if self.first_token_wall_ns is None:
@@ -82,4 +86,5 @@ class Life:
                 num_tokens=request.num_output_tokens,
             ),
             num_cached_tokens=request.num_cached_tokens,
+            simulated_itl_ms=tuple((later - earlier) / 1e6 for earlier, later in pairwise(self.token_instants_ns)),
         )

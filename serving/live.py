@@ -6,6 +6,7 @@ Must not know: how devices start (serving/ray_devices.py), what runs in the even
 
 import asyncio
 import dataclasses
+import math
 import socket
 import sys
 from collections.abc import Awaitable, Callable
@@ -158,7 +159,13 @@ def run_once(
         live.serve(measure)
     if bench is None:
         raise KeyboardInterrupt
-    return dataclasses.replace(bench, cluster=figures, held_at_rest=live.held)
+    section = config.workload
+    info = dataclasses.replace(  # the load generator replays arrivals that were drawn at this rate
+        bench.info,
+        request_rate=math.inf if section.request_rate == "inf" else section.request_rate,
+        burstiness=section.burstiness,
+    )
+    return dataclasses.replace(bench, info=info, cluster=figures, held_at_rest=live.held)
 
 
 def replay(

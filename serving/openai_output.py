@@ -154,9 +154,12 @@ class OutputFormat:
         times = [choice.times for choice in choices if choice.times is not None]
         prompts = choices[:: self._num_choices_per_prompt]
         num_cached = sum(choice.times.num_cached_tokens for choice in prompts if choice.times is not None)
+        simulated = _merged([entry.simulated for entry in times])
+        if simulated is not None and len(times) == 1:  # gaps of several choices would mix
+            simulated["itl_ms"] = [round(gap_ms, 6) for gap_ms in times[0].simulated_itl_ms]
         return self._counts(choices) | {
             "prompt_tokens_details": {"cached_tokens": num_cached},
-            "simulated": _merged([entry.simulated for entry in times]),
+            "simulated": simulated,
             "wall": _merged([entry.wall for entry in times]),
         }
 

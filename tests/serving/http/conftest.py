@@ -25,6 +25,7 @@ TIMES = RequestTimes(
     simulated=Latencies(queue_ms=1.0, ttft_ms=10.0, tpot_ms=2.0, e2el_ms=20.0),
     wall=Latencies(queue_ms=3.0, ttft_ms=30.0, tpot_ms=6.0, e2el_ms=60.0),
     num_cached_tokens=16,
+    simulated_itl_ms=(1.5, 2.5),
 )
 Step = TokenDelta | Exception | str
 

@@ -13,7 +13,7 @@ from serving.messages import TokenDelta
 pytestmark = pytest.mark.asyncio
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 USAGE_TIMES = {
-    "simulated": {"queue_ms": 1.0, "ttft_ms": 10.0, "tpot_ms": 2.0, "e2el_ms": 20.0},
+    "simulated": {"queue_ms": 1.0, "ttft_ms": 10.0, "tpot_ms": 2.0, "e2el_ms": 20.0, "itl_ms": [1.5, 2.5]},
     "wall": {"queue_ms": 3.0, "ttft_ms": 30.0, "tpot_ms": 6.0, "e2el_ms": 60.0},
 }
 
