@@ -264,7 +264,7 @@ def main() -> None:
     """Entry point: errors that a user can mend become one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
-        app()
+        app(prog_name="supernode")
     except ServingError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2 if isinstance(error, ValueError) else 1)
