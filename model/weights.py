@@ -26,6 +26,7 @@ from model.parameters import (
 )
 
 _READABLE_DTYPES = ("F32", "F16", "BF16")
+_GATE_BIAS = "e_score_correction_bias"
 
 
 class WeightsError(ValueError):
@@ -89,11 +90,14 @@ def load_rank_weights(
     )
 
 
-def save_weights(directory: str | Path, config: ModelConfig, weights: RankWeights) -> None:
+def save_weights(
+    directory: str | Path, config: ModelConfig, weights: RankWeights, *, dtype: torch.dtype = torch.float32
+) -> None:
     """Write model.safetensors under the hub's names. `weights` must be whole: one rank, each expert in its
     slot.
 
-    Loading the file with a one-rank layout gives the same values bit for bit.
+    Loading the file with a one-rank layout gives the same values bit for bit, as far as `dtype` holds them. The
+    gates' correction biases stay float32, as DeepSeek publishes them.
     """
     tensors = {
         "model.embed_tokens.weight": weights.embedding,
@@ -113,7 +117,10 @@ def save_weights(directory: str | Path, config: ModelConfig, weights: RankWeight
         tensors[f"{prefix}shared_head.head.weight"] = weights.lm_head
         tensors |= _block_to_hub(config, layer, mtp.block)
     # safetensors refuses views of one storage: every tensor gets its own.
-    own = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    own = {
+        name: tensor.detach().to(torch.float32 if name.endswith(_GATE_BIAS) else dtype, copy=True).contiguous()
+        for name, tensor in tensors.items()
+    }
     save_file(own, Path(directory) / "model.safetensors", metadata={"format": "pt"})
 
 
