@@ -17,36 +17,62 @@ _EXIT_INTERRUPTED = 130
 
 
 def train(
-    output: Annotated[Path, typer.Argument(help="Folder for the checkpoint, and for the state of an unfinished run.")],
-    shape: Annotated[Path, typer.Option(help="Hyper-parameters: a config.json or YAML.", exists=True)] = DEFAULT_SHAPE,
-    seed: Annotated[int, typer.Option(help="Everything follows from it.")] = 0,
+    output: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder for the checkpoint, and for the state of an unfinished run.", metavar="OUTPUT", file_okay=False
+        ),
+    ],
+    shape: Annotated[
+        Path,
+        typer.Option(
+            help="Hyper-parameters: config.json or YAML.", exists=True, dir_okay=False, show_default="mini-r1"
+        ),
+    ] = DEFAULT_SHAPE,
+    seed: Annotated[int, typer.Option(help="Everything follows from it.", min=0)] = 0,
     steps: Annotated[int, typer.Option(help="Steps of the whole run.", min=1)] = TrainingSettings().num_steps,
-    tokens: Annotated[
-        int, typer.Option(help="Tokens per shard and step.", min=1)
-    ] = TrainingSettings().tokens_per_shard,
-    processes: Annotated[int, typer.Option(help="One-thread processes that share the shards.", min=1)] = 2,
+    tokens: Annotated[int, typer.Option(help="Tokens of a shard.", min=1)] = TrainingSettings().tokens_per_shard,
+    processes: Annotated[int, typer.Option(help="One-thread processes that share the shards.", min=1, max=2)] = 2,
     evaluate_every: Annotated[int, typer.Option(help="Steps between held-out measurements; 0: none.", min=0)] = 200,
 ) -> None:
     """Train the mini R1. Ctrl-C saves and stops; the same command goes on from there.
 
     The state is saved every 100 steps in OUTPUT/state.pt and removed when the checkpoint is written.
     """
+    from model.training.processes import TrainingError
+
+    settings = TrainingSettings(seed=seed, num_steps=steps, tokens_per_shard=tokens)
+    try:
+        is_finished = _train(output, _load_shape(shape), settings, processes, evaluate_every)
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except TrainingError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    if not is_finished:
+        typer.echo(f"Stopped; the state is saved in {output}. The same command goes on.", err=True)
+        raise typer.Exit(_EXIT_INTERRUPTED)
+    typer.echo(f"Checkpoint in {output}.")
+
+
+def _train(output: Path, config: ModelConfig, settings: TrainingSettings, processes: int, evaluate_every: int) -> bool:
+    """Run until the end, then write the checkpoint; False if interrupted. Raises ValueError for what cannot be run."""
     from tqdm import tqdm
 
     from model.tasks.corpus_tokenizer import VOCAB_SIZE, train_tokenizer
+    from model.training.held_out import Accuracy
     from model.training.processes import STATE_FILE, Run, train
     from model.training.publish import publish
     from model.training.trainer import StepReport, Trainer
 
-    config = _load_shape(shape)
     if config.vocab_size != VOCAB_SIZE:
         raise ModelConfigError(f"vocab_size: {config.vocab_size} is not the tokenizer's {VOCAB_SIZE}")
-    settings = TrainingSettings(seed=seed, num_steps=steps, tokens_per_shard=tokens)
-    output.mkdir(parents=True, exist_ok=True)
     state = output / STATE_FILE
     if not state.exists() and (output / "model.safetensors").exists():
-        raise typer.BadParameter(f"{output} already holds a checkpoint.")
-    tokenizer = train_tokenizer(seed)
+        raise ValueError(f"{output}: already holds a checkpoint")
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(settings.seed)
     tokenizer.save(output / "tokenizer.json")
     run = Run(
         config=config,
@@ -56,19 +82,17 @@ def train(
         processes=processes,
         evaluate_every=evaluate_every,
     )
-    with tqdm(total=steps, unit="step", smoothing=0.05) as bar:
+    with tqdm(total=settings.num_steps, unit="step", smoothing=0.05) as bar:
 
         def show(report: object) -> None:
             if isinstance(report, StepReport):
                 bar.update(report.step + 1 - bar.n)
                 bar.set_postfix(loss=f"{report.loss:.4f}", mtp=f"{report.mtp_loss:.4f}", load=f"{report.max_load:.2f}")
-            else:
-                bar.write(str(report))
+            elif isinstance(report, Accuracy):
+                bar.write(f"step {report.step}: {100 * report.mean:.1f} % of held-out replies reproduced exactly")
 
-        is_finished = train(run, show)
-    if not is_finished:
-        typer.echo(f"Stopped; the state is in {state}. The same command goes on.", err=True)
-        raise typer.Exit(_EXIT_INTERRUPTED)
+        if not train(run, show):
+            return False
     trainer = Trainer(config, settings, tokenizer)
     trainer.resume(state)
     publish(
@@ -81,7 +105,7 @@ def train(
         accuracies=trainer.accuracies,
     )
     state.unlink()
-    typer.echo(f"Checkpoint in {output}.")
+    return True
 
 
 def _load_shape(path: Path) -> ModelConfig:
@@ -90,7 +114,10 @@ def _load_shape(path: Path) -> ModelConfig:
     import yaml
 
     text = path.read_text(encoding="utf-8")
-    return ModelConfig.from_dict(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
+    try:
+        return ModelConfig.from_dict(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
+    except (yaml.YAMLError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: no hyper-parameters: {error}") from None
 
 
 if __name__ == "__main__":

@@ -73,7 +73,25 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tiny_training_config, tmp_pat
     ]  # fmt: skip
     refused = subprocess.run(command(output, shape), capture_output=True, text=True, timeout=60, check=False)
     assert refused.returncode == 2
-    assert "already" in refused.stderr
+    assert refused.stderr == f"error: {output}: already holds a checkpoint\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ('{"vocab_size": 272}', "missing"),
+        ("[1, 2", "no hyper-parameters"),
+        ("just words", "no hyper-parameters"),
+    ],
+)
+def test_a_shape_that_is_none_is_one_line(tmp_path, content, complaint):
+    shape = tmp_path / "shape.yaml"
+    shape.write_text(content)
+    done = subprocess.run(command(tmp_path / "o", shape), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert complaint in done.stderr
+    assert done.stderr.count("\n") == 1 or complaint == "no hyper-parameters"
 
 
 def test_published_weights_are_bfloat16_and_load_in_both_libraries(trained_checkpoint):
