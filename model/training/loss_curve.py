@@ -23,17 +23,19 @@ def draw_loss_curve(history: Sequence[Mapping[str, Any]], accuracies: Sequence[M
 
     tokens = np.cumsum([report["num_tokens"] for report in history]) / 1e6
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    for key, label in (("loss", "next token"), ("mtp_loss", "MTP (the token after it)")):
+    for key, label in (("loss", "next token"), ("mtp_loss", "MTP module, same tokens")):
         left.plot(tokens, _smooth([report[key] for report in history]), label=label)
     left.set(title="Loss", xlabel="million tokens", ylabel="nats per learned token", yscale="log")
     left.legend()
     if accuracies:
         steps = [entry["step"] for entry in accuracies]
         at = tokens[np.array(steps) - 1]
-        for kind in accuracies[0]["by_kind"]:
-            middle.plot(at, [100 * entry["by_kind"][kind] for entry in accuracies], linewidth=0.9, label=kind)
+        kinds = accuracies[0]["by_kind"]
+        for color, kind in zip(plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(kinds))), kinds, strict=True):
+            shares = [100 * entry["by_kind"][kind] for entry in accuracies]
+            middle.plot(at, shares, linewidth=1.0, color=color, label=kind)
         middle.plot(at, [100 * entry["mean"] for entry in accuracies], color="black", linewidth=2.2, label="mean")
-        middle.legend(fontsize=7, ncols=2)
+        middle.legend(fontsize=7, ncols=2, loc="lower right")
     middle.set(title="Held-out problems reproduced exactly", xlabel="million tokens", ylabel="%", ylim=(0, 101))
     right.plot(tokens, _smooth([report["max_load"] for report in history]))
     right.set(title="Busiest expert of the worst layer", xlabel="million tokens", ylabel="load / mean load")
