@@ -68,8 +68,8 @@ class TensorFiles(TensorSource):
 
     def __init__(self, directory: str | Path, config: ModelConfig, *, with_mtp: bool = False) -> None:
         self._directory = Path(directory)
-        self._headers, quantization = check_checkpoint(directory, config, with_mtp=with_mtp)
-        paths = {header.path for header in self._headers.values()}
+        self.headers, quantization = check_checkpoint(directory, config, with_mtp=with_mtp)
+        paths = {header.path for header in self.headers.values()}
         self._files = {path: _open(path) for path in sorted(paths)}
         super().__init__(quantization)
 
@@ -77,13 +77,13 @@ class TensorFiles(TensorSource):
         return str(self._directory)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._headers
+        return name in self.headers
 
     def _header(self, name: str) -> tuple[tuple[int, ...], str]:
-        return self._headers[name].shape, self._headers[name].dtype
+        return self.headers[name].shape, self.headers[name].dtype
 
     def _rows(self, name: str, rows: slice) -> Tensor:
-        stored = self._files[self._headers[name].path].get_slice(name)  # type: ignore[no-untyped-call]
+        stored = self._files[self.headers[name].path].get_slice(name)  # type: ignore[no-untyped-call]
         values: Tensor = stored[rows.start : rows.stop]
         return values
 
