@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from serving.errors import ConfigError, ServingError
+from serving.quantize_command import quantize
 
 if TYPE_CHECKING:
     from serving.report import BenchResult
@@ -239,6 +240,9 @@ def bench(
             seed=seed,
         )
     _finish(run_bench_until_interrupt(settings, workload), json_file)
+
+
+app.command()(quantize)
 
 
 @app.command()

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.checkpoint_check import WeightsError
+from model.checkpoint_check import WeightsError, read_headers
 from model.config import ModelConfig
 from model.quantization import names
 from model.quantization.calibration import Statistics, record_inputs
@@ -31,6 +31,9 @@ from model.tensor_files import TensorFiles
 # Of a checkpoint directory, beside what is written anew.
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "LICENSE")
 _COPIED_PATTERNS = ("*.md", "*.jinja")
+# These keep the source's dtype. Norms, gates and kv_b_proj are float32, because factors were absorbed in them.
+_LARGE = ("embed_tokens.weight", "lm_head.weight", "shared_head.head.weight")
+_STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,10 +146,15 @@ def write_checkpoint(source: str | Path, target: str | Path, model: QuantizedMod
     raw["tie_word_embeddings"] = model.config.tie_word_embeddings
     raw["quantization_config"] = model.quantization.to_dict()
     (target / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    # safetensors refuses tensors that share memory.
-    own = {name: tensor.clone().contiguous() for name, tensor in model.tensors.items()}
-    save_file(own, target / "model.safetensors.part", metadata={"format": "pt"})
-    (target / "model.safetensors.part").replace(target / "model.safetensors")
+    wide = _STORED_DTYPES[read_headers(source)["model.embed_tokens.weight"].dtype]
+    own = {}
+    for name, tensor in model.tensors.items():
+        dtype = wide if name.endswith(_LARGE) else tensor.dtype
+        own[name] = tensor.to(dtype).clone().contiguous()  # safetensors refuses tensors that share memory
+    part = target / "model.safetensors.part"
+    save_file(own, part, metadata={"format": "pt"})
+    shutil.copymode(target / "config.json", part)  # safetensors writes files that only their owner can read
+    part.replace(target / "model.safetensors")
 
 
 def _round(

@@ -42,7 +42,8 @@ def random_orthogonal(size: int, seed: int) -> Tensor:
     while len(matrix) < size:
         matrix = torch.kron(torch.tensor([[1, 1], [1, -1]], dtype=torch.float64) / 2**0.5, matrix)
     signs = torch.randint(0, 2, (size, 1), generator=generator) * 2 - 1
-    return matrix * signs
+    signed: Tensor = matrix * signs
+    return signed
 
 
 def rotate(config: ModelConfig, tensors: Tensors, *, seed: int) -> tuple[ModelConfig, Tensors]:
@@ -114,10 +115,11 @@ class _Rotation:
 
     def _values(self, attention: str, rotation: Tensor) -> None:
         c = self._config
-        heads = self._get(f"{attention}kv_b_proj").unflatten(0, (c.num_attention_heads, -1))
-        keys, values = heads.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
+        stored = self._get(f"{attention}kv_b_proj")
+        heads = stored.view(c.num_attention_heads, -1, stored.shape[1])
+        keys, values = heads.split_with_sizes([c.qk_nope_head_dim, c.v_head_dim], dim=1)
         self._set(f"{attention}kv_b_proj", torch.cat([keys, rotation.T @ values], dim=1).flatten(0, 1))
-        output = self._get(f"{attention}o_proj").unflatten(1, (c.num_attention_heads, c.v_head_dim))
+        output = self._get(f"{attention}o_proj").view(c.hidden_size, c.num_attention_heads, c.v_head_dim)
         self._set(f"{attention}o_proj", (output @ rotation).flatten(1))
 
     def _read(self, module: str, gains: Tensor, rotation: Tensor) -> None:

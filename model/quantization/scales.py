@@ -136,8 +136,9 @@ def _into_values(config: ModelConfig, module: str) -> Callable[[Tensors, Tensor]
     """Into the value rows of kv_b_proj; keys stay."""
 
     def absorb(tensors: Tensors, scale: Tensor) -> None:
-        heads = tensors[f"{module}.weight"].unflatten(0, (config.num_attention_heads, -1))
-        keys, values = heads.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        stored = tensors[f"{module}.weight"]
+        heads = stored.view(config.num_attention_heads, -1, stored.shape[1])
+        keys, values = heads.split_with_sizes([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         values = values / scale.view(config.num_attention_heads, config.v_head_dim, 1)
         tensors[f"{module}.weight"] = torch.cat([keys, values], dim=1).flatten(0, 1)
 
