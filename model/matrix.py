@@ -140,7 +140,8 @@ def join(parts: Sequence[Weight], *, stack: bool = False) -> Weight:
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """a (T, I) times b (I, O), both int8: exact sums (T, O), int32."""
-    if _int_mm_is_exact():
+    # With a single input torch 2.13's CPU kernel leaves its result unwritten.
+    if a.shape[1] > 1 and _int_mm_is_exact():
         return torch._int_mm(a, b)
     return emulated_integer_product(a, b)
 
