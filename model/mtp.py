@@ -64,4 +64,4 @@ class MtpModule:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, vocab) of what `forward` returned."""
-        return F.linear(hidden, self._own.head)
+        return F.linear(hidden, self._weights.lm_head if self._own.head is None else self._own.head)

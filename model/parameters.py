@@ -68,8 +68,8 @@ class MtpWeights:
     eh_proj: Weight  # (H, 2 H)
     block: BlockWeights
     head_norm: Tensor  # (H,)
-    head: Tensor  # (vocab, H)
-    h_proj: Tensor | None  # (H, H) the gains of the norm before hnorm in a rotated basis; None: that norm has them
+    head: Tensor | None = None  # (vocab, H) of a rotated model; None: the main model's
+    h_proj: Tensor | None = None  # (H, H) of a rotated model: the gains of the norm before hnorm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -22,10 +22,10 @@ from model.chat import ASSISTANT, BOS, EOS, PAD, THINK_END, THINK_START, USER, M
 
 # In order of their ids. R1 keeps the thinking tags out of the special tokens so that they appear in the
 # answer's text.
-_CONTROL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT, THINK_START, THINK_END)
-_VISIBLE_CONTROL_TOKENS = frozenset({THINK_START, THINK_END})
+CONTROL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT, THINK_START, THINK_END)
+VISIBLE_CONTROL_TOKENS = frozenset({THINK_START, THINK_END})
 _NUM_BYTES = 256
-MIN_VOCAB_SIZE = len(_CONTROL_TOKENS) + _NUM_BYTES
+MIN_VOCAB_SIZE = len(CONTROL_TOKENS) + _NUM_BYTES
 
 
 class TokenizerError(ValueError):
@@ -67,7 +67,7 @@ class Tokenizer:
             raise TokenizerError(
                 f"vocab_size: {vocab_size} is below {MIN_VOCAB_SIZE}, control tokens and bytes do not fit"
             )
-        names = list(_CONTROL_TOKENS)
+        names = list(CONTROL_TOKENS)
         names += [char for char, _ in sorted(_bytes_by_char().items(), key=lambda item: item[1])]
         placeholders = [f"<｜place▁holder▁no▁{i}｜>" for i in range(vocab_size - len(names))]
         vocab = {name: token_id for token_id, name in enumerate(names + placeholders)}
@@ -76,8 +76,8 @@ class Tokenizer:
         backend.decoder = decoders.ByteLevel()
         backend.add_tokens(
             [
-                AddedToken(name, special=name not in _VISIBLE_CONTROL_TOKENS, normalized=False)
-                for name in (*_CONTROL_TOKENS, *placeholders)
+                AddedToken(name, special=name not in VISIBLE_CONTROL_TOKENS, normalized=False)
+                for name in (*CONTROL_TOKENS, *placeholders)
             ]
         )
         return cls(backend)

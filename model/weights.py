@@ -28,6 +28,8 @@ from model.tensor_files import TensorFiles, TensorSource
 
 __all__ = ["WeightsError", "load_rank_weights", "read_rank_weights", "save_weights"]
 
+_GATE_BIAS = "e_score_correction_bias"
+
 
 def load_rank_weights(
     directory: str | Path, config: ModelConfig, layout: RankLayout, *, with_mtp: bool = False
@@ -60,11 +62,14 @@ def read_rank_weights(
     )
 
 
-def save_weights(directory: str | Path, config: ModelConfig, weights: RankWeights) -> None:
+def save_weights(
+    directory: str | Path, config: ModelConfig, weights: RankWeights, *, dtype: torch.dtype = torch.float32
+) -> None:
     """Write model.safetensors under the hub's names. `weights` must be whole (one rank, each expert in its slot)
     and float.
 
-    Loading the file with a one-rank layout gives the same values bit for bit.
+    Loading the file with a one-rank layout gives the same values bit for bit, as far as `dtype` holds them. The
+    gates' correction biases stay float32, as DeepSeek publishes them.
     """
     tensors = {
         "model.embed_tokens.weight": weights.embedding,
@@ -81,12 +86,15 @@ def save_weights(directory: str | Path, config: ModelConfig, weights: RankWeight
         tensors[f"{prefix}hnorm.weight"] = mtp.hnorm
         tensors[f"{prefix}eh_proj.weight"] = _float(mtp.eh_proj)
         tensors[f"{prefix}shared_head.norm.weight"] = mtp.head_norm
-        tensors[f"{prefix}shared_head.head.weight"] = mtp.head
+        tensors[f"{prefix}shared_head.head.weight"] = weights.lm_head if mtp.head is None else mtp.head
         if mtp.h_proj is not None:
             tensors[h_proj_name(layer)] = mtp.h_proj
         tensors |= _block_to_hub(config, layer, mtp.block)
     # safetensors refuses views of one storage: every tensor gets its own.
-    own = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    own = {
+        name: tensor.detach().to(torch.float32 if name.endswith(_GATE_BIAS) else dtype, copy=True).contiguous()
+        for name, tensor in tensors.items()
+    }
     save_file(own, Path(directory) / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -116,7 +124,7 @@ class _BlockReader:
     def mtp(self, layer: int, lm_head: Tensor) -> MtpWeights:
         """`lm_head` is shared, as in published checkpoints, unless the module's own copy differs (rotated models)."""
         files, hidden, prefix = self._files, self._config.hidden_size, f"model.layers.{layer}."
-        head, name = lm_head, f"{prefix}shared_head.head.weight"
+        head, name = None, f"{prefix}shared_head.head.weight"
         if name in files and not torch.equal(own := files.read(name, tuple(lm_head.shape)), lm_head):
             head = own
         has_h_proj = h_proj_name(layer) in files
