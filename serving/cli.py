@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from model.train import train
 from serving.errors import ConfigError, ServingError
 from serving.quantize_command import quantize
 
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A CloudMatrix-style supernode that runs without one.",
 )
+app.command()(train)
 
 
 def _check_writable(path: Path | None) -> Path | None:

@@ -115,19 +115,23 @@ class Network:
 
     def losses(self, batch: PackedBatch) -> Losses:
         """Both losses over the batch's learned tokens."""
-        w, eps = self._weights, self._config.rms_norm_eps
         hidden, counts = self.hidden_states(batch)
         next_token = self._cross_entropy(hidden, batch)
-        if not w.mtp:
+        if not self._weights.mtp:
             return Losses(next_token, torch.zeros(()), counts)
-        own = w.mtp[0]
+        mtp_hidden, mtp_counts = self.mtp_hidden_states(batch, hidden)
+        return Losses(next_token, self._cross_entropy(mtp_hidden, batch), torch.cat([counts, mtp_counts.unsqueeze(0)]))
+
+    def mtp_hidden_states(self, batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Head-normed hidden states (T, H) of the MTP module after the main model's `hidden`, and its experts' counts
+        (E,)."""
+        w, own, eps = self._weights, self._weights.mtp[0], self._config.rms_norm_eps
         previous = F.pad(hidden, (0, 0, 1, 0))[:-1].masked_fill((batch.positions == 0).unsqueeze(1), 0.0)
         embedded = rms_norm(F.embedding(batch.token_ids, w.embedding), own.enorm, eps)
         mixed = linear(torch.cat([embedded, rms_norm(previous, own.hnorm, eps)], dim=-1), own.eh_proj)
-        output, mtp_counts = self._block(mixed.float(), own.block, batch, self._turns(batch))
-        mtp = self._cross_entropy(rms_norm(output, own.head_norm, eps), batch)
-        assert mtp_counts is not None
-        return Losses(next_token, mtp, torch.cat([counts, mtp_counts.unsqueeze(0)]))
+        output, counts = self._block(mixed.float(), own.block, batch, self._turns(batch))
+        assert counts is not None, "an MTP module is a mixture layer"
+        return rms_norm(output, own.head_norm, eps), counts
 
     def hidden_states(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Final-normed hidden states (T, H), and the experts' counts of each mixture layer."""
@@ -166,9 +170,9 @@ class Network:
         query_input, kv_a = x, projected
         if w.q_a_norm is not None:
             query_input, kv_a = projected.split_with_sizes([len(w.q_a_norm), c.latent_dim], dim=-1)
-            query_input = rms_norm(query_input, w.q_a_norm, LATENT_NORM_EPS)
+            query_input = _latent_norm(query_input, w.q_a_norm)
         c_kv, k_pe = kv_a.split_with_sizes([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        c_kv = rms_norm(c_kv, w.kv_a_norm, LATENT_NORM_EPS)
+        c_kv = _latent_norm(c_kv, w.kv_a_norm)
         heads = c.num_attention_heads
         query = linear(query_input, w.q_b).view(-1, heads, c.qk_head_dim)
         q_nope, q_pe = query.split_with_sizes([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
@@ -215,6 +219,11 @@ class Network:
         outputs = _per_expert(swiglu(gate_up), sizes, w.experts_down)
         weighted = outputs.float() * gates.flatten()[order].unsqueeze(1)
         return torch.zeros_like(x).index_add(0, rows, weighted) + mlp(x, w.shared), counts
+
+
+def _latent_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm in float32, in the width of x: the fused kernel takes no mixed ones."""
+    return rms_norm(x.float(), weight, LATENT_NORM_EPS).to(x.dtype)
 
 
 def _per_expert(x: Tensor, sizes: list[int], weights: Weight) -> Tensor:

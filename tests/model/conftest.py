@@ -21,6 +21,12 @@ from model.latent_cache import LatentCache
 from model.layout import RankLayout, make_layouts
 from model.reference import ReferenceModel, Sampling
 from model.step import SamplingBatch, StepInput, StepOutput
+from model.tasks.corpus_tokenizer import train_tokenizer
+from model.tokenizer import Tokenizer
+from model.training.held_out import held_out_accuracy
+from model.training.publish import publish
+from model.training.settings import TrainingSettings
+from model.training.trainer import Trainer
 from model.transformer import Transformer
 from model.weights import load_rank_weights
 
@@ -265,3 +271,48 @@ def random_prompt() -> Callable[[int], list[int]]:
     """Random byte tokens; the same sequence of prompts in every test."""
     generator = np.random.default_rng(11)
     return lambda length: generator.integers(7, 263, length).tolist()
+
+
+@pytest.fixture(scope="session")
+def corpus_tokenizer() -> Tokenizer:
+    return train_tokenizer(0, num_problems=3000)
+
+
+@pytest.fixture(scope="session")
+def tiny_training_config() -> ModelConfig:
+    return dataclasses.replace(
+        BASE,
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        n_routed_experts=8,
+        max_position_embeddings=1024,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> TrainingSettings:
+    return TrainingSettings(num_steps=5, tokens_per_shard=256, max_sample_tokens=256, warmup_steps=2, num_shards=2)
+
+
+@pytest.fixture(scope="session")
+def trained_checkpoint(tmp_path_factory, corpus_tokenizer, tiny_training_config, tiny_settings) -> Path:
+    """A published checkpoint after three steps: all its files, and no skill."""
+    directory = tmp_path_factory.mktemp("trained")
+    trainer = Trainer(tiny_training_config, tiny_settings, corpus_tokenizer)
+    for _ in range(3):
+        trainer.run_step()
+    accuracy = held_out_accuracy(trainer.network, trainer.weights, corpus_tokenizer, step=3, per_kind=2)
+    publish(
+        directory,
+        tiny_training_config,
+        trainer.weights,
+        corpus_tokenizer,
+        settings=trainer.settings_as_dict,
+        history=trainer.history,
+        accuracies=[accuracy.as_dict()],
+    )
+    return directory
