@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
     from model.config import ModelConfig
     from model.quantization.quantize import QuantizedModel, Techniques
-
-Tokens = list[list[int]]
-_HELD_OUT_SHARE = 4  # every fourth sequence measures what the others calibrate
+    from model.quantization.samples import Samples
 
 
 def quantize(
@@ -33,12 +31,12 @@ def quantize(
     clipping: Annotated[bool, typer.Option(help="Search the clip factor of every output channel.")] = True,
     compensation: Annotated[bool, typer.Option(help="Spread rounding errors over the other inputs.")] = True,
     calibration: Annotated[
-        Path | None,
-        typer.Option(help="Text, one sequence per line; the model's own text if not given.", dir_okay=False),
-    ] = None,
-    num_sequences: Annotated[int, typer.Option(help="Sequences to calibrate on, and measure with.", min=2)] = 32,
+        str,
+        typer.Option(help="tasks: generated problems; own: the model's own text; or a file, a sequence per line."),
+    ] = "tasks",
+    num_sequences: Annotated[int, typer.Option(help="Sequences to calibrate on, and measure with.", min=2)] = 64,
     sequence_len: Annotated[int, typer.Option(help="Tokens of a sequence, at most.", min=2)] = 128,
-    seed: Annotated[int, typer.Option(help="Of rotations and of the model's own text.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of rotations, problems and the model's own text.", min=0)] = 0,
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Print what each technique buys; OUT is not needed.")
     ] = False,
@@ -49,6 +47,7 @@ def quantize(
     from model.checkpoint_check import WeightsError
     from model.config import ModelConfigError
     from model.quantization.quantize import Techniques, read_float_checkpoint
+    from model.quantization.samples import SamplesError
     from model.tokenizer import TokenizerError
 
     _check_target(out, ablate=ablate)
@@ -60,22 +59,17 @@ def quantize(
     try:
         config, tensors = read_float_checkpoint(checkpoint)
         length = min(sequence_len, config.max_position_embeddings)
-        if calibration is not None:
-            sequences = _read_sequences(calibration, checkpoint, num=num_sequences, length=length)
-        else:
-            from model.quantization.calibration import self_generated
-
-            sequences = self_generated(config, tensors, num=num_sequences, length=length, seed=seed)
+        samples = _samples(calibration, checkpoint, config, tensors, num=num_sequences, length=length, seed=seed)
+    except SamplesError as error:
+        raise ConfigError(f"--calibration: {error}") from None
     except (WeightsError, ModelConfigError, TokenizerError) as error:
         raise ConfigError(f"{checkpoint}: {error}" if str(checkpoint) not in str(error) else str(error)) from None
-    held_out = sequences[::_HELD_OUT_SHARE]
-    used = [tokens for index, tokens in enumerate(sequences) if index % _HELD_OUT_SHARE]
     with closing(_Progress(disabled=disable_tqdm)) as progress:
         if ablate:
-            result = _ablate(config, tensors, used, held_out, seed=seed, progress=progress)
+            result = _ablate(checkpoint, config, tensors, samples, seed=seed, progress=progress)
         else:
             assert out is not None
-            result = _quantize(checkpoint, out, config, tensors, used, held_out, techniques, progress)
+            result = _quantize(checkpoint, out, config, tensors, samples, techniques, progress)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
@@ -90,19 +84,26 @@ def _check_target(out: Path | None, *, ablate: bool) -> None:
         raise ConfigError(f"{out}: is there already and is not an empty directory")
 
 
-def _read_sequences(path: Path, checkpoint: Path, *, num: int, length: int) -> Tokens:
-    """The first `num` lines that are not blank, as token ids, cut to `length`."""
+def _samples(
+    source: str,
+    checkpoint: Path,
+    config: "ModelConfig",
+    tensors: "dict[str, Tensor]",
+    *,
+    num: int,
+    length: int,
+    seed: int,
+) -> "Samples":
+    """What --calibration asks for."""
+    from model.quantization.samples import Samples, lines_of, problems, self_generated
     from model.tokenizer import Tokenizer
 
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--calibration: {path}: {error}") from None
-    if len(lines) < 2:
-        raise ConfigError(f"--calibration: {path} has {len(lines)} lines of text, at least 2 are needed")
+    if source == "own":
+        return Samples.split(self_generated(config, tensors, num=num, length=length, seed=seed))
     tokenizer = Tokenizer.from_file(checkpoint / "tokenizer.json")
-    # Chat transcripts may spell control tokens: calibration text is the user's own.
-    return [tokenizer.encode(line, add_bos=True, parse_control=True)[:length] for line in lines[:num]]
+    if source == "tasks":
+        return problems(tokenizer, num=num, length=length, seed=seed)
+    return lines_of(Path(source), tokenizer, num=num, length=length)
 
 
 def _quantize(
@@ -110,17 +111,16 @@ def _quantize(
     out: Path,
     config: "ModelConfig",
     tensors: "dict[str, Tensor]",
-    used: Tokens,
-    held_out: Tokens,
+    samples: "Samples",
     techniques: "Techniques",
     progress: "_Progress",
 ) -> dict[str, Any]:
     from model.quantization.ablation import compare
     from model.quantization.quantize import quantize_tensors, write_checkpoint
 
-    model = quantize_tensors(config, tensors, used, techniques, on_progress=progress)
+    model = quantize_tensors(config, tensors, samples.calibration, techniques, on_progress=progress)
     progress("comparison", 0, 1)
-    fidelity = compare(config, tensors, model, held_out)
+    fidelity = compare(config, tensors, model, samples.held_out)
     try:
         write_checkpoint(checkpoint, out, model)
     except OSError as error:
@@ -149,20 +149,31 @@ def _layer_lines(config: "ModelConfig", model: "QuantizedModel") -> list[str]:
 
 
 def _ablate(
+    checkpoint: Path,
     config: "ModelConfig",
     tensors: "dict[str, Tensor]",
-    used: Tokens,
-    held_out: Tokens,
+    samples: "Samples",
     *,
     seed: int,
     progress: "_Progress",
 ) -> dict[str, Any]:
     from model.quantization.ablation import ablate
+    from model.quantization.quantize import large_dtype
 
-    rows = list(ablate(config, tensors, used, held_out, seed=seed, on_progress=progress))
+    rows = list(
+        ablate(
+            config,
+            tensors,
+            samples.calibration,
+            samples.held_out,
+            seed=seed,
+            large=large_dtype(checkpoint),
+            on_progress=progress,
+        )
+    )
     progress.close()
-    float_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    typer.echo(f"{sum(map(len, held_out))} held-out positions; float32 tensors {float_bytes / 1e6:.2f} MB")
+    float_bytes = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    typer.echo(f"{sum(map(len, samples.held_out))} held-out positions; float checkpoint {float_bytes / 1e6:.2f} MB")
     head = ("techniques", "error", "(mean)", "KL", "(mean)", "same choice", "weights", "MB")
     typer.echo("{:<22}{:>8}{:>8}{:>10}{:>10}{:>13}{:>9}{:>8}".format(*head))
     for row in rows:

@@ -42,7 +42,7 @@ class Variant:
     name: str
     fidelity: Fidelity
     weight_error: float  # of the matrices' outputs, relative, mean over layers; activations not rounded
-    num_bytes: int
+    num_bytes: int  # of the stored tensors
 
 
 def variants() -> dict[str, Techniques]:
@@ -84,9 +84,13 @@ def ablate(
     held_out: Sequence[Sequence[int]],
     *,
     seed: int = 0,
+    large: torch.dtype = torch.float32,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Iterator[Variant]:
-    """Every variant, calibrated on one set of sequences and measured on another, one by one."""
+    """Every variant, calibrated on one set of sequences and measured on another, one by one.
+
+    `large` is the dtype that embedding and heads are stored in.
+    """
     for name, techniques in variants().items():
         techniques = dataclasses.replace(techniques, seed=seed)
         model = quantize_tensors(config, tensors, calibration, techniques, on_progress=on_progress)
@@ -95,5 +99,5 @@ def ablate(
             name=name,
             fidelity=compare(config, tensors, model, held_out),
             weight_error=sum(errors) / len(errors),
-            num_bytes=model.num_bytes,
+            num_bytes=model.num_bytes(large),
         )

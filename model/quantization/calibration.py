@@ -1,7 +1,7 @@
 """What the matrices of a model read while it runs over sample sequences.
 
-Owns: the plain forward over whole sequences, the recording of inputs, and sequences that a model writes itself.
-Must not know: INT8, scales, files.
+Owns: the plain forward over whole sequences, and the recording of inputs.
+Must not know: INT8, scales, files, where sequences come from.
 Source: calibration by recorded inputs as in GPTQ (arXiv 2210.17323); all inputs are those of the float model.
 """
 
@@ -134,45 +134,6 @@ def record_inputs(
     for statistics in observer.by_module.values():
         statistics.finish()
     return observer.by_module
-
-
-def self_generated(
-    config: ModelConfig, tensors: dict[str, Tensor], *, num: int, length: int, seed: int
-) -> list[list[int]]:
-    """`num` sequences of `length` tokens that the model writes, at temperature 1, after 8 random tokens each."""
-    generator = np.random.default_rng(seed)
-    prompts = generator.integers(0, config.vocab_size, (num, min(8, length)))
-    (layout,) = make_layouts(config, world_size=1, max_num_tokens=prompts.size)
-    blocks = -(-length // _BLOCK_SIZE)
-    cache = LatentCache(config, num * blocks, _BLOCK_SIZE)
-    model = Transformer(config, layout, read_rank_weights(TensorDict(tensors), config, layout), cache)
-    tables = np.arange(num * blocks, dtype=np.int32).reshape(num, blocks)
-    tokens, num_computed = prompts, 0
-    while tokens.shape[1] < length:
-        size = tokens.shape[1]
-        count = size - num_computed
-        step = StepInput(
-            token_ids=tokens[:, num_computed:].reshape(-1),
-            positions=np.tile(np.arange(num_computed, size), num),
-            query_start=np.arange(num + 1) * count,
-            seq_lens=np.full(num, size),
-            block_tables=tables,
-            sample_rows=np.arange(1, num + 1) * count - 1,
-            sampling=SamplingBatch(
-                temperature=np.ones(num, np.float32),
-                top_p=np.ones(num, np.float32),
-                top_k=np.zeros(num, np.int32),
-                seed=np.arange(num).astype(np.uint64) + np.uint64(seed),
-                position=np.full(num, size),
-                suppress_eos=np.ones(num, np.bool_),
-                want_logprobs=np.zeros(num, np.bool_),
-                num_logprobs=np.zeros(num, np.int32),
-            ),
-        )
-        num_computed = size
-        (output,) = run_lockstep([model.forward(step)])
-        tokens = np.concatenate([tokens, output.token_ids[:, None]], axis=1)
-    return [[int(token) for token in row] for row in tokens]
 
 
 class _Observed(Matrix):

@@ -61,10 +61,13 @@ class QuantizedModel:
     tensors: dict[str, Tensor]
     squares: dict[str, tuple[float, float]]  # by module: of the output's error, of the output
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+    def stored(self, large: torch.dtype) -> dict[str, Tensor]:
+        """The tensors as they are written: embedding and heads in `large`, the source's dtype."""
+        return {name: t.to(large) if name.endswith(_LARGE) else t for name, t in self.tensors.items()}
+
+    def num_bytes(self, large: torch.dtype = torch.float32) -> int:
+        """Of all stored tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.stored(large).values())
 
     def layer_errors(self) -> dict[int, float]:
         """By layer: root of the error's share of the outputs' squares, mean over the layer's matrices."""
@@ -89,6 +92,11 @@ def read_float_checkpoint(directory: str | Path) -> tuple[ModelConfig, dict[str,
         tensors.setdefault(f"{prefix}embed_tokens.weight", tensors["model.embed_tokens.weight"])
         tensors.setdefault(f"{prefix}shared_head.head.weight", tensors[head])
     return config, tensors
+
+
+def large_dtype(directory: str | Path) -> torch.dtype:
+    """Dtype of the embedding in a checkpoint directory."""
+    return _STORED_DTYPES[read_headers(directory)["model.embed_tokens.weight"].dtype]
 
 
 def quantize_tensors(
@@ -146,11 +154,8 @@ def write_checkpoint(source: str | Path, target: str | Path, model: QuantizedMod
     raw["tie_word_embeddings"] = model.config.tie_word_embeddings
     raw["quantization_config"] = model.quantization.to_dict()
     (target / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    wide = _STORED_DTYPES[read_headers(source)["model.embed_tokens.weight"].dtype]
-    own = {}
-    for name, tensor in model.tensors.items():
-        dtype = wide if name.endswith(_LARGE) else tensor.dtype
-        own[name] = tensor.to(dtype).clone().contiguous()  # safetensors refuses tensors that share memory
+    # safetensors refuses tensors that share memory.
+    own = {name: tensor.clone().contiguous() for name, tensor in model.stored(large_dtype(source)).items()}
     part = target / "model.safetensors.part"
     save_file(own, part, metadata={"format": "pt"})
     shutil.copymode(target / "config.json", part)  # safetensors writes files that only their owner can read

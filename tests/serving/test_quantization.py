@@ -122,6 +122,13 @@ def test_a_result_tells_sizes_errors_and_switches(supernode, checkpoint, tmp_pat
     assert 0.5 < result["fidelity"]["top1_agreement"] <= 1
 
 
+@pytest.mark.parametrize("source", ["own", "tasks"])
+def test_sequences_come_from_the_model_or_from_problems(source, supernode, checkpoint, tmp_path):
+    code, out, err = supernode("quantize", checkpoint, tmp_path / "out", "--calibration", source, *SMALL)
+    assert (code, err) == (0, "")
+    assert "same choice" in out
+
+
 def test_the_table_has_the_float_model_as_its_measure(supernode, checkpoint, tmp_path):
     result = tmp_path / "table.json"
     code, out, err = supernode("quantize", checkpoint, "--ablate", *SMALL, "--json", result)
@@ -143,7 +150,7 @@ def test_the_table_has_the_float_model_as_its_measure(supernode, checkpoint, tmp
         (("{tmp}", "{tmp}/new"), "config.json: "),
         (
             ("{checkpoint}", "{tmp}/new", "--calibration", "{tmp}/file.txt"),
-            "has 1 lines of text, at least 2 are needed",
+            "file.txt: 1 lines of text, at least 2 are needed",
         ),
         (("{checkpoint}", "{tmp}/new", "--calibration", "{tmp}/nowhere"), "--calibration: "),
         (("{checkpoint}", "{tmp}/new", "--json", "{tmp}/no/out.json"), "--json: "),

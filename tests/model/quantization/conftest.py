@@ -5,8 +5,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from model.quantization.calibration import self_generated
 from model.quantization.quantize import Techniques, quantize_tensors, read_float_checkpoint, write_checkpoint
+from model.quantization.samples import self_generated
 
 
 @pytest.fixture(scope="session")

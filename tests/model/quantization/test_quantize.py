@@ -10,8 +10,9 @@ from model.checkpoint_check import WeightsError
 from model.config import ModelConfig
 from model.layout import make_layouts, uniform_placement
 from model.quantization import ablation, names
-from model.quantization.calibration import PlainModel, record_inputs, self_generated
+from model.quantization.calibration import PlainModel, record_inputs
 from model.quantization.quantize import Techniques, quantize_tensors, read_float_checkpoint
+from model.quantization.samples import self_generated
 from model.quantization.scales import search_scales
 from model.quantization_config import QuantizationConfig, read_config
 from model.reference import ReferenceModel
