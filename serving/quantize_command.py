@@ -131,7 +131,7 @@ def _quantize(
     typer.echo(f"techniques      {', '.join(names) or 'none (rounding)'}")
     typer.echo(f"file size       {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB ({after / before:.0%})")
     typer.echo(f"logits          error {fidelity.error_median:.2%} (median), {fidelity.error_mean:.2%} (mean)")
-    typer.echo(f"next token      KL {fidelity.kl_median:.5f} nats (median), same choice {fidelity.top1_agreement:.2%}")
+    typer.echo(f"next token      KL {fidelity.kl_median:.1e} nats (median), same choice {fidelity.top1_agreement:.2%}")
     typer.echo("\n".join(_layer_lines(config, model)))
     return {
         "techniques": dataclasses.asdict(techniques),
@@ -179,7 +179,7 @@ def _ablate(
     for row in rows:
         f = row.fidelity
         typer.echo(
-            f"{row.name:<22}{f.error_median:>8.2%}{f.error_mean:>8.2%}{f.kl_median:>10.5f}{f.kl_mean:>10.5f}"
+            f"{row.name:<22}{f.error_median:>8.2%}{f.error_mean:>8.2%}{f.kl_median:>10.1e}{f.kl_mean:>10.1e}"
             f"{f.top1_agreement:>13.2%}{row.weight_error:>9.3%}{row.num_bytes / 1e6:>8.2f}"
         )
     return {"float_bytes": float_bytes, "variants": [dataclasses.asdict(row) for row in rows]}
