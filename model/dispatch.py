@@ -26,7 +26,8 @@ from torch import Tensor
 from model.collectives import AllToAll, Collective, Reply
 from model.config import ModelConfig
 from model.layout import RankLayout, copy_table
-from model.quant import dequantize_rows, quantize_rows
+from model.matrix import QuantizedRows, Rows
+from model.quant import quantize_rows
 
 _WORD = 4  # bytes of a float32 or an int32
 
@@ -35,7 +36,7 @@ _WORD = 4  # bytes of a float32 or an int32
 class Received:
     """What dispatch delivered, and what combine needs to send it back."""
 
-    rows: Tensor  # (M, H) float32 token copies, by source rank
+    rows: Rows  # (M, H) token copies by source rank, in float32 or as they came in INT8
     slots: Tensor  # (M,) expert of this rank, counted from its first slot
     source_counts: list[int]  # (W,) rows received from each rank
     sent_order: Tensor  # (t J,) sent row -> copy number, token-major
@@ -121,11 +122,11 @@ class ExpertExchange:
         packed[:, width + _WORD :] = slots.to(torch.int32).unsqueeze(1).view(torch.int8)
         return packed
 
-    def _unpack(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Payload (M, H) in float32 and slots (M,) of message rows."""
+    def _unpack(self, rows: Tensor) -> tuple[Rows, Tensor]:
+        """Payload (M, H) and slots (M,) of message rows."""
         width = self._hidden_size
         if self._layout.dispatch_dtype == "float32":
             return rows[:, :width].view(torch.float32), rows[:, width].to(torch.long)
         scale = rows[:, width : width + _WORD].contiguous().view(torch.float32)
         slots = rows[:, width + _WORD :].contiguous().view(torch.int32)
-        return dequantize_rows(rows[:, :width], scale), slots.view(-1).to(torch.long)
+        return QuantizedRows(rows[:, :width], scale), slots.view(-1).to(torch.long)

@@ -28,6 +28,7 @@ from model.collectives import AllGather, AllToAll, Collective, Reply
 from model.config import ModelConfig
 from model.layers import LATENT_NORM_EPS, apply_rope, rms_norm
 from model.layout import RankLayout
+from model.matrix import linear
 from model.parameters import AttentionWeights
 
 
@@ -113,7 +114,7 @@ class LatentAttention:
             return (yield from self._forward_sequence_tensor(hidden, batch, latents))
         query_input, latent = self._project_down(hidden, batch.turns)
         latents.index_copy_(0, batch.slot_mapping, latent)
-        return F.linear(self._attend(query_input, batch, latents).flatten(1), self._weights.o)
+        return linear(self._attend(query_input, batch, latents).flatten(1), self._weights.o)
 
     def _forward_sequence_tensor(
         self, hidden: Tensor, batch: AttentionBatch, latents: Tensor
@@ -134,12 +135,12 @@ class LatentAttention:
         attended = self._attend(query_input, batch, latents).flatten(1)  # (T, n V)
         sizes = [stop - start for start, stop in pairwise(bounds)]
         reply = yield AllToAll(list(attended.contiguous().split_with_sizes(sizes)))
-        return F.linear(torch.cat(reply, dim=1), self._weights.o)
+        return linear(torch.cat(reply, dim=1), self._weights.o)
 
     def _project_down(self, hidden: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         """The query's input (t, X), and the latent to cache (t, C + R), of this rank's tokens."""
         w, c = self._weights, self._config
-        projected = F.linear(hidden, w.qkv_a)
+        projected = linear(hidden, w.qkv_a)
         if w.q_a_norm is None:
             query_input, kv_a = hidden, projected
         else:
@@ -153,7 +154,7 @@ class LatentAttention:
         """(T, n, V) attention of this rank's heads."""
         c = self._config
         num_heads = len(self._weights.q_b) // c.qk_head_dim
-        query = F.linear(query_input, self._weights.q_b).view(batch.num_tokens, num_heads, c.qk_head_dim)
+        query = linear(query_input, self._weights.q_b).view(batch.num_tokens, num_heads, c.qk_head_dim)
         q_nope, q_pe = query.split_with_sizes([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         q_pe = apply_rope(q_pe, batch.turns)
         return self._form(q_nope, q_pe, latents, batch, self._weights, scale=c.softmax_scale)

@@ -20,12 +20,13 @@ from model.config import ModelConfig
 from model.dispatch import ExpertExchange
 from model.layers import swiglu
 from model.layout import RankLayout
+from model.matrix import QuantizedRows, Rows, grouped_product, linear
 from model.parameters import MlpWeights, MoeWeights
 
 
 def mlp(x: Tensor, weights: MlpWeights) -> Tensor:
     """SwiGLU feed-forward: (t, H) to (t, H)."""
-    return F.linear(swiglu(F.linear(x, weights.gate_up)), weights.down)
+    return linear(swiglu(linear(x, weights.gate_up)), weights.down)
 
 
 def choose_experts(x: Tensor, weights: MoeWeights, config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -56,26 +57,19 @@ class Experts:
     """The physical experts of one layer on one rank."""
 
     def __init__(self, weights: MoeWeights) -> None:
-        # Views per expert, made once: indexing a stacked tensor in the loop below costs as much as a small
-        # product.
-        self._gate_up = [expert.t() for expert in weights.experts_gate_up]
-        self._down = [expert.t() for expert in weights.experts_down]
+        self._gate_up = grouped_product(weights.experts_gate_up)
+        self._down = grouped_product(weights.experts_down)
+        self._num_experts = len(weights.experts_down)
 
-    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+    def forward(self, x: Rows, slots: Tensor) -> Tensor:
         """Outputs (M, H) of token copies x (M, H), copy m through this rank's expert slots[m] in [0, P)."""
-        if not x.shape[0]:
-            return x
+        if not len(x):
+            return x.dequantized() if isinstance(x, QuantizedRows) else x
         order = torch.argsort(slots, stable=True)
-        counts = torch.bincount(slots, minlength=len(self._down)).tolist()
-        hidden = swiglu(_product_per_expert(x.index_select(0, order), counts, self._gate_up))
-        outputs = _product_per_expert(hidden, counts, self._down)
+        counts = torch.bincount(slots, minlength=self._num_experts).tolist()
+        ordered = x.index_select(order) if isinstance(x, QuantizedRows) else x.index_select(0, order)
+        outputs = self._down(swiglu(self._gate_up(ordered, counts)), counts)
         return torch.empty_like(outputs).index_copy_(0, order, outputs)
-
-
-def _product_per_expert(x: Tensor, counts: list[int], weights: list[Tensor]) -> Tensor:
-    """Rows of x, sorted by expert, each times its expert's matrix; the first counts[0] rows belong to expert 0."""
-    pieces = zip(x.split_with_sizes(counts), counts, weights, strict=True)
-    return torch.cat([torch.mm(piece, weight) for piece, count, weight in pieces if count])
 
 
 class MixtureOfExperts:

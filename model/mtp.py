@@ -24,6 +24,7 @@ from model.config import ModelConfig
 from model.latent_cache import LatentCache
 from model.layers import rms_norm
 from model.layout import RankLayout
+from model.matrix import linear
 from model.parameters import RankWeights
 from model.step import StepInput
 from model.transformer import Block
@@ -53,12 +54,14 @@ class MtpModule:
         Transformer.hidden_states gave for the same rows.
         """
         own = self._own
+        if own.h_proj is not None:
+            hidden = F.linear(hidden, own.h_proj)
         embedded = F.embedding(torch.from_numpy(step.token_ids), self._weights.embedding)
         inputs = [rms_norm(embedded, own.enorm, self._eps), rms_norm(hidden, own.hnorm, self._eps)]
-        mixed = F.linear(torch.cat(inputs, dim=-1), own.eh_proj)
+        mixed = linear(torch.cat(inputs, dim=-1), own.eh_proj)
         output, _ = yield from self._block.forward(mixed, self._planner.plan(step), self._cache)
         return rms_norm(output, own.head_norm, self._eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, vocab) of what `forward` returned."""
-        return F.linear(hidden, self._weights.lm_head)
+        return F.linear(hidden, self._weights.lm_head if self._own.head is None else self._own.head)

@@ -3,7 +3,7 @@
 Owns: which tensors belong together, their shapes, and how many bytes a rank keeps.
 Must not know: files, names of the hub, forward passes.
 Source: layouts follow DeepSeek-V3's matrices; all are (output, input) as torch.nn.functional.linear takes
-them.
+them. A Weight is a float32 tensor of that shape, or INT8 (model/matrix.py).
 """
 
 # Shapes: H hidden_size, n heads of this rank, N all heads, Q q_lora_rank, C kv_lora_rank, R qk_rope_head_dim,
@@ -14,26 +14,28 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
+from model.matrix import Weight
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AttentionWeights:
     """MLA of one layer. Heads are those of this rank; everything else is whole on every rank."""
 
-    qkv_a: Tensor  # (Q + C + R, H): query and key-value down-projections in one product; (C + R, H) without Q
+    qkv_a: Weight  # (Q + C + R, H): query and key-value down-projections in one product; (C + R, H) without Q
     q_a_norm: Tensor | None  # (Q,); None when q_lora_rank is None
-    q_b: Tensor  # (n (D + R), Q), or (n (D + R), H) without Q
+    q_b: Weight  # (n (D + R), Q), or (n (D + R), H) without Q
     kv_a_norm: Tensor  # (C,)
     w_uk: Tensor  # (n, D, C) rows of kv_b_proj that make keys
     w_uv: Tensor  # (n, V, C) rows of kv_b_proj that make values
-    o: Tensor  # (H, N V)
+    o: Weight  # (H, N V)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MlpWeights:
     """SwiGLU of a dense layer or of the shared expert."""
 
-    gate_up: Tensor  # (2 I, H)
-    down: Tensor  # (H, I)
+    gate_up: Weight  # (2 I, H)
+    down: Weight  # (H, I)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,8 +44,8 @@ class MoeWeights:
 
     gate: Tensor  # (E, H)
     gate_bias: Tensor  # (E,) e_score_correction_bias
-    experts_gate_up: Tensor  # (P, 2 I, H)
-    experts_down: Tensor  # (P, H, I)
+    experts_gate_up: Weight  # (P, 2 I, H)
+    experts_down: Weight  # (P, H, I)
     shared: MlpWeights | None  # None when the shared expert is dispatched: then it sits in slots
 
 
@@ -59,13 +61,15 @@ class BlockWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MtpWeights:
-    """One multi-token-prediction module. Embedding and head are the main model's."""
+    """One multi-token-prediction module. The embedding is the main model's, and the head too unless rotated."""
 
     enorm: Tensor  # (H,) norm of the next token's embedding
     hnorm: Tensor  # (H,) norm of the previous hidden state
-    eh_proj: Tensor  # (H, 2 H)
+    eh_proj: Weight  # (H, 2 H)
     block: BlockWeights
     head_norm: Tensor  # (H,)
+    head: Tensor | None = None  # (vocab, H) of a rotated model; None: the main model's
+    h_proj: Tensor | None = None  # (H, H) of a rotated model: the gains of the norm before hnorm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -17,6 +17,7 @@ import typer
 
 from model.train import train
 from serving.errors import ConfigError, ServingError
+from serving.quantize_command import quantize
 
 if TYPE_CHECKING:
     from serving.report import BenchResult
@@ -241,6 +242,9 @@ def bench(
             seed=seed,
         )
     _finish(run_bench_until_interrupt(settings, workload), json_file)
+
+
+app.command()(quantize)
 
 
 @app.command()

@@ -36,6 +36,7 @@ class ModelSection(Section):
     served_model_name: str = "mini-r1"
     max_model_len: PositiveInt = 1024
     dispatch_dtype: Literal["float32", "int8"] = "float32"
+    quantization: Literal["int8"] | None = None  # of the checkpoint; None: whatever it says of itself
 
 
 class RepresentedInstance(Section):

@@ -13,7 +13,8 @@ import yaml
 from pydantic import ValidationError
 
 from devices.spec import SupernodeSpec
-from model.config import ModelConfig
+from model.config import ModelConfig, ModelConfigError
+from model.quantization_config import read_config
 from serving.config import Parts, RunConfig
 from serving.errors import ConfigError, shown
 from serving.plan import check_plan
@@ -48,14 +49,34 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
                 hardware=_parse_part(config.timing.hardware, SupernodeSpec.from_dict),
             )
         )
-        if config.model.checkpoint != "random" and not Path(config.model.checkpoint).is_dir():
-            raise ConfigError(f"model.checkpoint: {config.model.checkpoint!r} is not a directory, nor 'random'")
+        _check_checkpoint(config)
         check_plan(config)
         return config
     except ValidationError as error:
         raise ConfigError(f"{name_or_path}: {_describe(error)}") from None
     except ValueError as error:  # ConfigError, and the range checks of the parts
         raise ConfigError(f"{name_or_path}: {error}") from None
+
+
+def _check_checkpoint(config: RunConfig) -> None:
+    """The directory is there, and what its config.json says of quantization is what this one asks for."""
+    directory, wanted = config.model.checkpoint, config.model.quantization
+    if directory == "random":
+        if wanted is not None:
+            raise ConfigError(f"model.quantization: {wanted}, but model.checkpoint random makes float32 weights")
+        return
+    if not Path(directory).is_dir():
+        raise ConfigError(f"model.checkpoint: {directory!r} is not a directory, nor 'random'")
+    if wanted is None and not (Path(directory) / "config.json").is_file():
+        return  # a reader of the weights will tell what is missing
+    try:
+        _, found = read_config(directory)
+    except ModelConfigError as error:
+        raise ConfigError(f"model.checkpoint: {error}") from None
+    if wanted is not None and found is None:
+        raise ConfigError(
+            f"model.quantization: {wanted}, but {Path(directory) / 'config.json'} has no quantization_config"
+        )
 
 
 def load_part(path: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint import write_random_checkpoint
+from model.checkpoint_check import WeightsError, check_checkpoint
 from model.tokenizer import Tokenizer, TokenizerError
 from serving.build import exchange_window_bytes, host_plans, npu_worker_plans
 from serving.channel import AsyncChannel
@@ -45,6 +46,10 @@ def checkpoint_directory(config: RunConfig, session: Session) -> Path:
             f"model.checkpoint: {directory / 'tokenizer.json'} has {vocab_size} tokens, "
             f"vocab_size of {config.model.config} is {config.shape.vocab_size}"
         )
+    try:
+        check_checkpoint(directory, config.shape)
+    except WeightsError as error:
+        raise ConfigError(f"model.checkpoint: {error}") from None
     return directory
 
 

@@ -26,6 +26,7 @@ from model.layers import (
     rope_turns,
     swiglu,
 )  # fmt: skip
+from model.matrix import Weight, linear
 from model.moe import choose_experts, mlp
 from model.parameters import AttentionWeights, BlockWeights, MlpWeights, MoeWeights, MtpWeights, RankWeights
 from model.training.samples import Group, PackedBatch
@@ -127,7 +128,7 @@ class Network:
         w, own, eps = self._weights, self._weights.mtp[0], self._config.rms_norm_eps
         previous = F.pad(hidden, (0, 0, 1, 0))[:-1].masked_fill((batch.positions == 0).unsqueeze(1), 0.0)
         embedded = rms_norm(F.embedding(batch.token_ids, w.embedding), own.enorm, eps)
-        mixed = F.linear(torch.cat([embedded, rms_norm(previous, own.hnorm, eps)], dim=-1), own.eh_proj)
+        mixed = linear(torch.cat([embedded, rms_norm(previous, own.hnorm, eps)], dim=-1), own.eh_proj)
         output, counts = self._block(mixed.float(), own.block, batch, self._turns(batch))
         assert counts is not None, "an MTP module is a mixture layer"
         return rms_norm(output, own.head_norm, eps), counts
@@ -165,7 +166,7 @@ class Network:
     def _attention(self, x: Tensor, w: AttentionWeights, batch: PackedBatch, turns: Tensor) -> Tensor:
         """Naive multi-head latent attention, one padded product per group."""
         c = self._config
-        projected = F.linear(x, w.qkv_a)
+        projected = linear(x, w.qkv_a)
         query_input, kv_a = x, projected
         if w.q_a_norm is not None:
             query_input, kv_a = projected.split_with_sizes([len(w.q_a_norm), c.latent_dim], dim=-1)
@@ -173,7 +174,7 @@ class Network:
         c_kv, k_pe = kv_a.split_with_sizes([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         c_kv = _latent_norm(c_kv, w.kv_a_norm)
         heads = c.num_attention_heads
-        query = F.linear(query_input, w.q_b).view(-1, heads, c.qk_head_dim)
+        query = linear(query_input, w.q_b).view(-1, heads, c.qk_head_dim)
         q_nope, q_pe = query.split_with_sizes([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         k_pe = apply_rope(k_pe.float(), turns).unsqueeze(1).expand(-1, heads, -1)
         k_nope = F.linear(c_kv, w.w_uk.flatten(0, 1)).view(-1, heads, c.qk_nope_head_dim)
@@ -189,7 +190,7 @@ class Network:
             strict=True,
         )
         attended = torch.cat([self._attend(group, *tensors) for group, *tensors in parts])
-        return F.linear(attended, w.o)
+        return linear(attended, w.o)
 
     def _attend(self, group: Group, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention (t, N V) inside each sample of a group. Plain products: on a CPU the backward pass of the
@@ -225,7 +226,8 @@ def _latent_norm(x: Tensor, weight: Tensor) -> Tensor:
     return rms_norm(x.float(), weight, LATENT_NORM_EPS).to(x.dtype)
 
 
-def _per_expert(x: Tensor, sizes: list[int], weights: Tensor) -> Tensor:
+def _per_expert(x: Tensor, sizes: list[int], weights: Weight) -> Tensor:
+    assert isinstance(weights, Tensor), "INT8 weights are not trained"
     # unbind and split have cheap gradients; indexing would make a zero-filled copy per expert.
     pieces = zip(x.split_with_sizes(sizes), weights.unbind(0), strict=True)
     return torch.cat([F.linear(piece, weight) for piece, weight in pieces])

@@ -251,6 +251,12 @@ def make_instance(checkpoint_of: Callable[..., Path]) -> Callable[..., Instance]
 
 
 @pytest.fixture(scope="session")
+def instance_of() -> type[Instance]:
+    """An instance of a checkpoint that is not random."""
+    return Instance
+
+
+@pytest.fixture(scope="session")
 def make_request() -> type[Request]:
     return Request
 

@@ -12,11 +12,11 @@ import torch
 
 from model.config import ModelConfig
 from model.reference import ReferenceModel
+from model.tensor_files import TensorFiles
 from model.tokenizer import Tokenizer
 from model.training.loss_curve import draw_loss_curve
 from model.training.processes import Run, train
 from model.training.trainer import StepReport
-from model.weights import TensorFiles
 
 
 def command(output: Path, shape: Path, *options: str) -> list[str]:
@@ -97,7 +97,7 @@ def test_a_shape_that_is_none_is_one_line(tmp_path, content, complaint):
 def test_published_weights_are_bfloat16_and_load_in_both_libraries(trained_checkpoint):
     transformers = pytest.importorskip("transformers")
     config = ModelConfig.from_file(trained_checkpoint / "config.json")
-    files = TensorFiles(trained_checkpoint)
+    files = TensorFiles(trained_checkpoint, config)
     norm = files.read("model.norm.weight", (config.hidden_size,))
     assert torch.equal(norm, norm.to(torch.bfloat16).float())
     tokenizer = Tokenizer.from_file(trained_checkpoint / "tokenizer.json")
