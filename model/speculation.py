@@ -75,9 +75,7 @@ class SpeculativeTransformer:
             drafts = yield from self._draft(step, hidden, output)
         return dataclasses.replace(output, drafts=drafts)
 
-    def _draft(
-        self, step: StepInput, hidden: Tensor, output: StepOutput
-    ) -> Generator[Collective, Reply, DraftOutput]:
+    def _draft(self, step: StepInput, hidden: Tensor, output: StepOutput) -> Generator[Collective, Reply, DraftOutput]:
         rows = module_rows(step, output.token_ids)
         previous = hidden.new_zeros(len(rows.owners), self._hidden_size)
         is_known = rows.previous_rows >= 0

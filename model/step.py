@@ -86,9 +86,9 @@ class DraftingBatch:
         none = np.zeros(0, np.int32)
         return cls(
             num_drafts=none,
-            is_behind=none,
-            makes_draft=none,
-            eos_position=none,
+            is_behind=none.astype(np.bool_),
+            makes_draft=none.astype(np.bool_),
+            eos_position=none.astype(np.int64),
             carried_ids=none,
             carried=np.zeros((0, hidden_size), np.float32),
         )

@@ -109,9 +109,7 @@ def draft_logits(ranks, make_step, make_request, tokens, chunks):
         states = run_lockstep([m.hidden_states(step if r == 0 else idle) for r, (m, _) in enumerate(ranks)])
         shifted = [torch.cat([last, states[0][0]])[:-1], *(state for state, _ in states[1:])]
         last = states[0][0][-1:]
-        outputs = run_lockstep(
-            [mtp.forward(step if r == 0 else idle, shifted[r]) for r, (_, mtp) in enumerate(ranks)]
-        )
+        outputs = run_lockstep([mtp.forward(step if r == 0 else idle, shifted[r]) for r, (_, mtp) in enumerate(ranks)])
         collected.append(ranks[0][1].logits(outputs[0]))
         request.num_computed += count
     return torch.cat(collected)
