@@ -115,6 +115,14 @@ class ServerSection(Section):
     api_key: str | None = None
 
 
+class SpeculativeSection(Section):
+    """Speculative decoding with the model's own multi-token-prediction module; field names are vLLM's."""
+
+    method: Literal["mtp"] = "mtp"
+    num_speculative_tokens: Literal[0, 1] = 0  # drafts per step and request; 0: off
+    acceptance: Annotated[float, Field(ge=0, le=1)] = 0.7  # share of right drafts that `simulate` assumes
+
+
 class RaySection(Section):
     """How devices become actors."""
 
@@ -157,6 +165,7 @@ class RunConfig(Section):
     router: RouterSection = RouterSection()
     scheduler: SchedulerSection = SchedulerSection()
     server: ServerSection = ServerSection()
+    speculative: SpeculativeSection = SpeculativeSection()
     ray: RaySection = RaySection()
     workload: WorkloadSection = WorkloadSection()
     seed: NonNegativeInt = 0
@@ -182,6 +191,17 @@ class RunConfig(Section):
     def disaggregated(self) -> bool:
         """Whether prefill and decode run on different instances."""
         return "colocated" not in self.instances
+
+    @property
+    def is_speculative(self) -> bool:
+        """Whether the MTP module runs."""
+        return self.speculative.num_speculative_tokens > 0
+
+    def max_step_tokens(self, role: Role) -> int:
+        """Most rows of one pass of the model or of the MTP module, which adds each request's newest token."""
+        section = self.instances[role]
+        newest = section.max_num_seqs if self.is_speculative and role != "prefill" else 0
+        return section.max_num_batched_tokens + newest
 
     def dies_per_npu(self, role: Role) -> int:
         """Dies, that is ranks, of one NPU of `role`."""
@@ -245,6 +265,11 @@ class RunConfig(Section):
                     f"instances.{role}.max_num_seqs: {section.max_num_seqs} exceeds "
                     f"max_num_batched_tokens {section.max_num_batched_tokens}"
                 )
+            if self.is_speculative and role != "prefill" and 2 * section.max_num_seqs > section.max_num_batched_tokens:
+                raise ValueError(
+                    f"instances.{role}.max_num_seqs: {section.max_num_seqs} requests with a draft each exceed "
+                    f"max_num_batched_tokens {section.max_num_batched_tokens}"
+                )
             capacity = section.num_blocks * self.cache.block_size
             if capacity < self.model.max_model_len:
                 raise ValueError(
@@ -279,6 +304,17 @@ class RunConfig(Section):
                 )
             if role == "prefill" and heads % world:
                 raise ConfigError(f"instances.prefill.npus: {heads} attention heads do not divide by {world} ranks")
+        if self.is_speculative:
+            for field, path, parts in (
+                ("model.config", self.model.config, shape),
+                ("timing.model", self.timing.model, self.charged_shape),
+            ):
+                if not parts.num_nextn_predict_layers or not parts.num_moe_layers:
+                    raise ConfigError(
+                        f"speculative.num_speculative_tokens: {self.speculative.num_speculative_tokens} needs an MTP "
+                        f"module behind a mixture layer; {field} {path} has num_nextn_predict_layers "
+                        f"{parts.num_nextn_predict_layers} and {parts.num_moe_layers} mixture layers"
+                    )
         workload = self.workload
         widest = int((workload.input_len + workload.output_len) * (1 + workload.range_ratio))
         if widest > self.model.max_model_len:

@@ -54,6 +54,7 @@ SMALL_MODEL = {
     "first_k_dense_replace": 1,
     "norm_topk_prob": True,
     "max_position_embeddings": 512,
+    "num_nextn_predict_layers": 1,
 }
 INSTANCE = {"npus": 2, "dies_per_npu": 1, "num_blocks": 64, "max_num_batched_tokens": 64, "max_num_seqs": 8}
 REPRESENTS = {"ep": 320, "num_redundant_experts": 32, "num_shared_expert_copies": 32}
