@@ -123,6 +123,7 @@ def share_output(output: StepOutput, num_ranks: int) -> list[StepOutput]:
         token_ids=none.astype(np.int64),
         logprobs=(),
         expert_counts=np.zeros_like(output.expert_counts),
+        drafts=_part_of(output.drafts, 0, 0),
     )
     return [output, *[rest] * (num_ranks - 1)]
 
