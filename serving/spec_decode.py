@@ -2,8 +2,8 @@
 
 Owns: vLLM's figures of speculative decoding, its names for them, and the reading of its counters.
 Must not know: HTTP, how drafts are made.
-Source: `vllm bench serve`, which reads /metrics before and after a run, prints a section behind the latencies and writes
-keys `spec_decode_*`; vLLM's counters `vllm:spec_decode_*`.
+Source: `vllm bench serve`, which reads /metrics before and after a run, prints a section behind the latencies and
+writes keys `spec_decode_*`; vLLM's counters `vllm:spec_decode_*`.
 """
 
 import re
