@@ -97,9 +97,7 @@ def drawn_acceptance(batch: ScheduledBatch, requests: Sequence[Request], accepta
     num_accepted = np.zeros(batch.num_rows, np.int64)
     rows = np.flatnonzero(batch.drafts.num_drafts)
     if len(rows):
-        keys = np.array([_acceptance_key(requests[row]) for row in rows.tolist()], np.uint64)
-        positions = batch.num_computed_tokens[rows].astype(np.int64) + 1
-        num_accepted[rows] = keyed_uniform(keys, positions) < acceptance
+        num_accepted[rows] = [_is_accepted(requests[row], acceptance) for row in rows.tolist()]
     return num_accepted
 
 
@@ -108,10 +106,17 @@ def _eos_position(request: Request) -> int:
     return request.num_prompt_tokens + request.sampling.min_tokens
 
 
-def _acceptance_key(request: Request) -> int:
-    """Of the request's id and seed, made once: many requests of a workload have the same seed."""
-    if not isinstance(request.drafting, int):
+def _is_accepted(request: Request, acceptance: float) -> bool:
+    """Whether the draft for the position behind the known tokens is right; drawn once for all positions.
+
+    The key is the request's id with its seed: many requests of a workload have the same seed.
+    """
+    if not isinstance(request.drafting, list):
         seed = request.sampling.seed if isinstance(request.sampling, SamplingParams) else None
         name = f"acceptance/{request.request_id}/{seed}"
-        request.drafting = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-    return request.drafting
+        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+        positions = np.arange(request.num_prompt_tokens, request.num_tokens_limit)
+        keys = np.full(len(positions), key, np.uint64)
+        request.drafting = (keyed_uniform(keys, positions) < acceptance).tolist()
+    drawn: list[bool] = request.drafting
+    return drawn[request.num_output_tokens]

@@ -118,6 +118,8 @@ class StepPlan:
         wanted = num_tokens + is_drafted + (room >= 3)
         for _ in range(2):  # with blocks of one slot, a row needs two of them
             short = slots[table.capacity[slots] < wanted]
+            if not len(short):
+                break
             for pool, start, end in self._by_rank(short):
                 served = short[start : min(end, start + pool.num_free)]
                 table.append_blocks(served, pool.allocate(len(served)))
