@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from devices.spec import SupernodeSpec
 from model.config import ModelConfig
-from serving.errors import ConfigError
+from serving.config_checks import check_parts
 
 Role = Literal["prefill", "decode", "colocated"]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -245,7 +245,7 @@ class RunConfig(Section):
     def attach(self, parts: "Parts") -> "RunConfig":
         """Join the included parts and run the checks that need them; called once, by the loader."""
         self._parts = parts
-        self._check_parts()
+        check_parts(self)
         return self
 
     @model_validator(mode="after")
@@ -277,51 +277,6 @@ class RunConfig(Section):
                     f"{capacity}, less than model.max_model_len {self.model.max_model_len}"
                 )
         return self
-
-    def _check_parts(self) -> None:
-        shape, num_dies = self.shape, self.hardware.npu.num_dies
-        if self.model.max_model_len > self.shape.max_position_embeddings:
-            raise ConfigError(
-                f"model.max_model_len: {self.model.max_model_len} exceeds max_position_embeddings "
-                f"{self.shape.max_position_embeddings} of {self.model.config}"
-            )
-        for role, section in self.instances.items():
-            if self.dies_per_npu(role) > num_dies:
-                raise ConfigError(
-                    f"instances.{role}.dies_per_npu: {section.dies_per_npu}, "
-                    f"an NPU of {self.hardware.name} has {num_dies}"
-                )
-            world, heads, slots = self.world_size(role), shape.num_attention_heads, self.num_physical_experts(role)
-            if section.shared_expert == "dispatched" and shape.n_shared_experts != 1:
-                raise ConfigError(
-                    f"instances.{role}.shared_expert: dispatched needs n_shared_experts 1, "
-                    f"{self.model.config} has {shape.n_shared_experts}"
-                )
-            if slots % world:
-                raise ConfigError(
-                    f"instances.{role}.num_redundant_experts: {section.num_redundant_experts} makes {slots} physical "
-                    f"experts, which do not divide by {world} ranks"
-                )
-            if role == "prefill" and heads % world:
-                raise ConfigError(f"instances.prefill.npus: {heads} attention heads do not divide by {world} ranks")
-        if self.is_speculative:
-            for field, path, parts in (
-                ("model.config", self.model.config, shape),
-                ("timing.model", self.timing.model, self.charged_shape),
-            ):
-                if not parts.num_nextn_predict_layers or not parts.num_moe_layers:
-                    raise ConfigError(
-                        f"speculative.num_speculative_tokens: {self.speculative.num_speculative_tokens} needs an MTP "
-                        f"module behind a mixture layer; {field} {path} has num_nextn_predict_layers "
-                        f"{parts.num_nextn_predict_layers} and {parts.num_moe_layers} mixture layers"
-                    )
-        workload = self.workload
-        widest = int((workload.input_len + workload.output_len) * (1 + workload.range_ratio))
-        if widest > self.model.max_model_len:
-            raise ConfigError(
-                f"workload.input_len: {workload.input_len} + output_len {workload.output_len}, up to {widest} tokens "
-                f"with range_ratio {workload.range_ratio:g}, exceeds model.max_model_len {self.model.max_model_len}"
-            )
 
 
 class Parts(BaseModel):

@@ -31,6 +31,13 @@ class DraftState:
     hidden: NDArray[np.float32] | None  # (H,) of the last computed position, where there is no draft
 
 
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """Of a request without a model: whether the draft for each of its output tokens is right."""
+
+    is_accepted: list[bool]
+
+
 def draft_of(request: Request, num_computed_tokens: int) -> int:
     """The draft that a scheduled row is to verify."""
     state = request.drafting
@@ -111,12 +118,12 @@ def _is_accepted(request: Request, acceptance: float) -> bool:
 
     The key is the request's id with its seed: many requests of a workload have the same seed.
     """
-    if not isinstance(request.drafting, list):
+    state = request.drafting
+    if not isinstance(state, _Draws):
         seed = request.sampling.seed if isinstance(request.sampling, SamplingParams) else None
         name = f"acceptance/{request.request_id}/{seed}"
         key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
         positions = np.arange(request.num_prompt_tokens, request.num_tokens_limit)
         keys = np.full(len(positions), key, np.uint64)
-        request.drafting = (keyed_uniform(keys, positions) < acceptance).tolist()
-    drawn: list[bool] = request.drafting
-    return drawn[request.num_output_tokens]
+        state = request.drafting = _Draws((keyed_uniform(keys, positions) < acceptance).tolist())
+    return state.is_accepted[request.num_output_tokens]

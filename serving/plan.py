@@ -190,6 +190,8 @@ def format_plan(config: RunConfig) -> str:
         )
     else:
         lines.append("pool: none")
+    if config.is_speculative:
+        lines.append(f"drafts: {config.speculative.num_speculative_tokens} per step, by the model's MTP module")
     lines.append(
         f"router {config.router.policy}, queue {config.scheduler.policy} of {config.scheduler.max_queued_requests}, "
         f"context {config.model.max_model_len}, clock scale {config.clock.scale:g}"

@@ -45,6 +45,11 @@ def test_tokens_are_those_of_one_process(launch, mixed, preset, overrides):
             answers = list(clients.map(lambda job: complete(url, job[0], 24, **job[1]), jobs))
             for answer, (prompt, sampling) in zip(answers, jobs, strict=True):
                 assert tokens_of(answer) == model.generate(prompt, 24, Sampling(**sampling)).token_ids
+    whole = complete(url, PROMPTS[2], 24).json()["choices"][0]["text"]
+    for start in range(4, 8):  # whether the string ends with the first token of a step or with the second
+        stop = whole[start : start + 3]
+        (choice,) = complete(url, PROMPTS[2], 24, stop=[stop]).json()["choices"]
+        assert (choice["text"], choice["finish_reason"]) == (whole[: whole.index(stop)], "stop")
     stats = stats_between({}, parse_counters(httpx.get(f"{url}/metrics").text))
     assert stats is not None
     assert 0 < stats.num_accepted_tokens < stats.num_drafts
