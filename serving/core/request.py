@@ -195,11 +195,13 @@ class Request:
     def preempt(self, now_ns: int) -> None:
         """Its blocks were taken; all its known tokens are to be prefilled again."""
         self._move(RequestState.WAITING, now_ns)
+        self.drafting = None
         self.num_preemptions += 1
 
     def restart(self, now_ns: int) -> None:
         """Its instance was lost; it goes on elsewhere from the tokens that are known."""
         self._move(RequestState.WAITING, now_ns)
+        self.drafting = None
         self.num_restarts += 1
 
     def record_tokens(self, num_tokens: int, now_ns: int, *, token_ids: tuple[int, ...] = ()) -> None:
