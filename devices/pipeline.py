@@ -63,7 +63,8 @@ class StepTimeModel:
         """`represents_ep`: dies of the full-size instance whose ranks are described by StepWork's entries.
 
         `num_speculative_tokens`: passes of the MTP module after each step (0: off). The query tokens that it adds
-        to decode steps are in StepWork already. `deployment` and `rates` default to the published ones.
+        to decode steps are in StepWork already. A prefill instance caches the module's latents and drafts nothing.
+        `deployment` and `rates` default to the published ones.
         """
         if represents_ep < 1 or num_speculative_tokens < 0:
             raise ValueError(
@@ -105,12 +106,11 @@ class StepTimeModel:
         parts["lm_head"] = self._operators.lm_head(samples, split=head_split)
         parts["sampling"] = self._operators.sampling(samples)
         if self._num_speculative_tokens:
-            parts["mtp"] = self._num_speculative_tokens * (
-                _total(plain_layer)
-                + self._operators.mtp_projection(max_tokens)
-                + self._operators.lm_head(seqs, split=head_split)
-                + self._operators.sampling(seqs)
-            )
+            block = _total(plain_layer) + self._operators.mtp_projection(max_tokens)
+            draft = 0.0
+            if self._role != "prefill":
+                draft = self._operators.lm_head(seqs, split=head_split) + self._operators.sampling(seqs)
+            parts["mtp"] = self._num_speculative_tokens * (block + draft)
         parts["launch"] = (1 + self._num_speculative_tokens) * self._rates.graph_launch_s
         return _to_step_time(parts)
 

@@ -88,6 +88,13 @@ class RankLayout:
         """Slice borders of a packed batch: rank r computes rows [bounds[r], bounds[r + 1])."""
         return [num_tokens * r // self.world_size for r in range(self.world_size + 1)]
 
+    def own_rows(self, num_tokens: int) -> slice:
+        """Rows of a step that this rank computes: all of its own step, or its slice of the packed batch."""
+        if self.attention == "data_parallel":
+            return slice(0, num_tokens)
+        bounds = self.sequence_bounds(num_tokens)
+        return slice(bounds[self.rank], bounds[self.rank + 1])
+
     def local_heads(self, config: ModelConfig) -> slice:
         """Attention heads of this rank: all of them with data_parallel attention."""
         if self.attention == "data_parallel":

@@ -1,16 +1,19 @@
 """Multi-token prediction: one module that guesses the token after next from the main model's hidden state.
 
 Owns: the module's mathematics on one rank.
-Must not know: drafting, verification, acceptance.
+Must not know: drafting, verification, acceptance (model/speculation.py).
 Source: DeepSeek-V3 (arXiv 2412.19437) section 2.2; vLLM's and transformers' readings of the checkpoint: the
 embedding comes first in eh_proj's input, and the hidden state is the main model's after its final norm.
 
-    position p:   hidden state of p  ---- hnorm ---\\
-                                                     eh_proj -> block -> head norm -> lm_head -> token at p + 2
-    token at p + 1:     embedding    ---- enorm ---/
+    token at position q:     embedding    ---- enorm ---\\
+                                                         eh_proj -> block -> head norm -> lm_head -> token at q + 1
+    hidden state of q - 1 (zeros for q = 0) -- hnorm ---/
+
+Row q turns by position q and writes its latent to slot q of the module's layer, so slot q depends on the tokens
+up to q and on nothing later, as the main model's slots do: a block's hash names the contents of all its layers.
 """
 
-# Shapes: T tokens of the step, H hidden_size
+# Shapes: T tokens of the step, t tokens of this rank (T with data_parallel attention), H hidden_size
 
 from collections.abc import Generator
 
@@ -37,27 +40,31 @@ class MtpModule:
         self, config: ModelConfig, layout: RankLayout, weights: RankWeights, cache: LatentCache, *, index: int = 0
     ) -> None:
         layer = config.num_hidden_layers + index
-        assert layout.attention == "data_parallel", "an MTP module drafts during decode"
         assert index < len(weights.mtp), "weights were loaded without this MTP module"
         assert layer < cache.num_layers, "the cache was made without MTP layers"
         self._eps = config.rms_norm_eps
+        self._layout = layout
         self._weights = weights
         self._own = weights.mtp[index]
         self._cache = cache
-        self._planner = AttentionPlanner(config, num_heads=config.num_attention_heads, block_size=cache.block_size)
+        heads = layout.local_heads(config)
+        self._planner = AttentionPlanner(config, num_heads=heads.stop - heads.start, block_size=cache.block_size)
         self._block = Block(config, layout, self._own.block, layer=layer)
 
-    def forward(self, step: StepInput, hidden: Tensor) -> Generator[Collective, Reply, Tensor]:
-        """Head-normed hidden states (T, H), for `logits` and for the next module.
+    def forward(self, step: StepInput, previous: Tensor) -> Generator[Collective, Reply, Tensor]:
+        """Head-normed hidden states (t, H) of this rank's rows, for `logits` and for the next module.
 
-        step.token_ids holds the tokens one position ahead (p + 1) beside positions p; `hidden` (T, H) is what
-        Transformer.hidden_states gave for the same rows.
+        `previous` (t, H): for each of this rank's rows the main model's final-normed hidden state of the position
+        before it; zeros where that is unknown.
         """
-        own = self._own
+        own, num_tokens = self._own, step.num_tokens
+        limit = self._layout.max_num_tokens
+        assert num_tokens <= limit, f"an MTP step of {num_tokens} tokens exceeds max_num_tokens {limit}"
         if own.h_proj is not None:
-            hidden = F.linear(hidden, own.h_proj)
-        embedded = F.embedding(torch.from_numpy(step.token_ids), self._weights.embedding)
-        inputs = [rms_norm(embedded, own.enorm, self._eps), rms_norm(hidden, own.hnorm, self._eps)]
+            previous = F.linear(previous, own.h_proj)
+        token_ids = torch.from_numpy(step.token_ids[self._layout.own_rows(num_tokens)])
+        embedded = F.embedding(token_ids, self._weights.embedding)
+        inputs = [rms_norm(embedded, own.enorm, self._eps), rms_norm(previous, own.hnorm, self._eps)]
         mixed = linear(torch.cat(inputs, dim=-1), own.eh_proj)
         output, _ = yield from self._block.forward(mixed, self._planner.plan(step), self._cache)
         return rms_norm(output, own.head_norm, self._eps)

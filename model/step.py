@@ -61,6 +61,40 @@ class SamplingBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DraftingBatch:
+    """What the MTP module has to do beside a step (see model/speculation.py). Arrays per request have shape (R,).
+
+    A request's row is verified if it is a draft: then it is its last row, and it and the row before it are sampled.
+    """
+
+    num_drafts: NDArray[np.int32]  # (R,) 0 or 1 of the request's rows, the last, is a draft
+    is_behind: NDArray[np.bool_]  # (R,) the module has not seen the first row's token: no draft was made after it
+    makes_draft: NDArray[np.bool_]  # (R,) make the next draft: the newest token's slot is there
+    eos_position: NDArray[np.int64]  # (R,) EOS is suppressed at positions below (min_tokens)
+    carried_ids: NDArray[np.int32]  # (c,) requests, ascending, whose hidden state before the first row is known
+    carried: NDArray[np.float32]  # (c, H)
+
+    def __post_init__(self) -> None:
+        _set_dtypes(self, _DRAFTING_DTYPES)
+        shapes = {array.shape for array in (self.num_drafts, self.is_behind, self.makes_draft, self.eos_position)}
+        assert len(shapes) == 1, f"drafting shapes differ: {shapes}"
+        assert len(self.carried) == len(self.carried_ids), "one hidden state per carried request"
+
+    @classmethod
+    def idle(cls, hidden_size: int) -> "DraftingBatch":
+        """Of a rank that has nothing to do."""
+        none = np.zeros(0, np.int32)
+        return cls(
+            num_drafts=none,
+            is_behind=none.astype(np.bool_),
+            makes_draft=none.astype(np.bool_),
+            eos_position=none.astype(np.int64),
+            carried_ids=none,
+            carried=np.zeros((0, hidden_size), np.float32),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepInput:
     """One step of one rank. An idle rank has T = R = S = 0 and still takes part in every collective."""
 
@@ -71,6 +105,7 @@ class StepInput:
     block_tables: NDArray[np.int32]  # (R, M); entries past a request's context are not read
     sample_rows: NDArray[np.int32]  # (S,) rows of T, ascending
     sampling: SamplingBatch
+    drafting: DraftingBatch | None = None  # None: without the MTP module
 
     def __post_init__(self) -> None:
         _set_dtypes(self, _STEP_DTYPES)
@@ -86,6 +121,7 @@ class StepInput:
         assert bool((np.diff(self.sample_rows) > 0).all()), "sample_rows must ascend"
         is_row = (self.sample_rows >= 0) & (self.sample_rows < num_tokens)
         assert bool(is_row.all()), "sample_rows must be rows of the step"
+        assert self.drafting is None or len(self.drafting.num_drafts) == num_seqs, "drafting must have R entries"
         if num_seqs:
             last_positions = self.positions[self.query_start[1:] - 1]
             assert bool((last_positions == self.seq_lens - 1).all()), "a request's rows must end its context"
@@ -103,7 +139,7 @@ class StepInput:
         return len(self.sample_rows)
 
     @classmethod
-    def idle(cls) -> "StepInput":
+    def idle(cls, drafting: DraftingBatch | None = None) -> "StepInput":
         """The step of a rank that has nothing to do."""
         none = np.zeros(0, np.int64)
         return cls(
@@ -114,6 +150,7 @@ class StepInput:
             block_tables=np.zeros((0, 0), np.int32),
             sample_rows=np.zeros(0, np.int32),
             sampling=SamplingBatch.greedy(none),
+            drafting=drafting,
         )
 
 
@@ -126,6 +163,16 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DraftOutput:
+    """What the MTP module gives: drafts, and where it made none the hidden state that it needs to go on."""
+
+    draft_ids: NDArray[np.int32]  # (d,) requests of the step
+    token_ids: NDArray[np.int64]  # (d,) guesses of the tokens after the newest ones
+    hidden_ids: NDArray[np.int32]  # (h,) requests of the step
+    hidden: NDArray[np.float32]  # (h, H) final-normed hidden states of their last accepted rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepOutput:
     """What one rank sampled. With sequence_tensor attention a rank answers only for the samples in its slice."""
 
@@ -133,6 +180,7 @@ class StepOutput:
     token_ids: NDArray[np.int64]  # (s,)
     logprobs: tuple[TokenLogprobs | None, ...]  # None where they were not wanted
     expert_counts: NDArray[np.int64]  # (num_moe_layers, n_routed_experts): choices of this rank's tokens
+    drafts: DraftOutput | None = None  # None: without the MTP module
 
 
 _SAMPLING_DTYPES: dict[str, type[np.generic]] = {
@@ -144,6 +192,14 @@ _SAMPLING_DTYPES: dict[str, type[np.generic]] = {
     "suppress_eos": np.bool_,
     "want_logprobs": np.bool_,
     "num_logprobs": np.int32,
+}
+_DRAFTING_DTYPES: dict[str, type[np.generic]] = {
+    "num_drafts": np.int32,
+    "is_behind": np.bool_,
+    "makes_draft": np.bool_,
+    "eos_position": np.int64,
+    "carried_ids": np.int32,
+    "carried": np.float32,
 }
 _STEP_DTYPES: dict[str, type[np.generic]] = {
     "token_ids": np.int64,

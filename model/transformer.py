@@ -102,7 +102,11 @@ class Transformer:
         step, and answers for the sample rows in its slice of the tokens.
         """
         hidden, experts = yield from self.hidden_states(step)
-        first = self._own_rows(step).start
+        return self.sampled(step, hidden, experts)
+
+    def sampled(self, step: StepInput, hidden: Tensor, experts: list[Tensor]) -> StepOutput:
+        """The tokens after this rank's sample rows, from what `hidden_states` gave."""
+        first = self._layout.own_rows(step.num_tokens).start
         is_own = (step.sample_rows >= first) & (step.sample_rows < first + len(hidden))
         sample_ids = np.flatnonzero(is_own)
         logits = self.logits(hidden[torch.from_numpy(step.sample_rows[sample_ids] - first).long()])
@@ -122,7 +126,7 @@ class Transformer:
         num_tokens, limit = step.num_tokens, self._layout.max_num_tokens
         assert num_tokens <= limit, f"a step of {num_tokens} tokens exceeds max_num_tokens {limit}"
         batch = self._planner.plan(step)
-        token_ids = torch.from_numpy(step.token_ids[self._own_rows(step)])
+        token_ids = torch.from_numpy(step.token_ids[self._layout.own_rows(num_tokens)])
         hidden = F.embedding(token_ids, self._weights.embedding)
         chosen: list[Tensor] = []
         for block in self._blocks:
@@ -134,12 +138,6 @@ class Transformer:
     def logits(self, hidden: Tensor) -> Tensor:
         """(s, vocab) of final-normed hidden states (s, H)."""
         return F.linear(hidden, self._weights.lm_head)
-
-    def _own_rows(self, step: StepInput) -> slice:
-        if self._layout.attention == "data_parallel":
-            return slice(0, step.num_tokens)
-        bounds = self._layout.sequence_bounds(step.num_tokens)
-        return slice(bounds[self._layout.rank], bounds[self._layout.rank + 1])
 
     def _expert_counts(self, chosen: list[Tensor]) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
         num_layers, num_experts = self._config.num_moe_layers, self._config.n_routed_experts

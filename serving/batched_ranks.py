@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.layout import RankLayout
-from model.step import SamplingBatch, StepInput, StepOutput
+from model.step import DraftingBatch, DraftOutput, SamplingBatch, StepInput, StepOutput
 
 
 def merged_layout(layouts: Sequence[RankLayout]) -> RankLayout:
@@ -39,7 +39,7 @@ def merge_steps(steps: Sequence[StepInput], *, num_blocks: int) -> StepInput:
     """One step of all requests of data-parallel ranks with `num_blocks` blocks each, rank by rank."""
     busy = [(rank, step) for rank, step in enumerate(steps) if step.num_seqs]
     if not busy:
-        return StepInput.idle()
+        return steps[0]
     width = max(step.block_tables.shape[1] for _, step in busy)
     tables = [
         np.pad(step.block_tables + rank * num_blocks, ((0, 0), (0, width - step.block_tables.shape[1])))
@@ -63,12 +63,28 @@ def merge_steps(steps: Sequence[StepInput], *, num_blocks: int) -> StepInput:
                 for field in dataclasses.fields(SamplingBatch)
             }
         ),
+        drafting=_merge_drafting([step for _, step in busy]),
     )
+
+
+def _merge_drafting(steps: Sequence[StepInput]) -> DraftingBatch | None:
+    drafting = [step.drafting for step in steps if step.drafting is not None]
+    if not drafting:
+        return None
+    first_ids = np.concatenate([[0], np.cumsum([step.num_seqs for step in steps])[:-1]])
+    columns = {
+        field.name: np.concatenate([getattr(part, field.name) for part in drafting])
+        for field in dataclasses.fields(DraftingBatch)
+        if field.name != "carried_ids"
+    }
+    ids = [part.carried_ids + first for part, first in zip(drafting, first_ids, strict=True)]
+    return DraftingBatch(carried_ids=np.concatenate(ids), **columns)
 
 
 def split_output(output: StepOutput, steps: Sequence[StepInput]) -> list[StepOutput]:
     """The samples of a merged step, per rank. Expert counts, which no rank tells apart, go with the first."""
     ends = np.cumsum([step.num_samples for step in steps])
+    seq_ends = np.cumsum([step.num_seqs for step in steps])
     outputs = []
     for rank, (step, end) in enumerate(zip(steps, ends, strict=True)):
         first = int(end) - step.num_samples
@@ -79,9 +95,24 @@ def split_output(output: StepOutput, steps: Sequence[StepInput]) -> list[StepOut
                 token_ids=output.token_ids[own],
                 logprobs=tuple(output.logprobs[i] for i in own.tolist()),
                 expert_counts=output.expert_counts if rank == 0 else np.zeros_like(output.expert_counts),
+                drafts=_part_of(output.drafts, int(seq_ends[rank]) - step.num_seqs, int(seq_ends[rank])),
             )
         )
     return outputs
+
+
+def _part_of(drafts: DraftOutput | None, first: int, end: int) -> DraftOutput | None:
+    """Of the requests [first, end) of a merged step."""
+    if drafts is None:
+        return None
+    drafted = (drafts.draft_ids >= first) & (drafts.draft_ids < end)
+    hidden = (drafts.hidden_ids >= first) & (drafts.hidden_ids < end)
+    return DraftOutput(
+        draft_ids=drafts.draft_ids[drafted] - np.int32(first),
+        token_ids=drafts.token_ids[drafted],
+        hidden_ids=drafts.hidden_ids[hidden] - np.int32(first),
+        hidden=drafts.hidden[hidden],
+    )
 
 
 def share_output(output: StepOutput, num_ranks: int) -> list[StepOutput]:
@@ -92,6 +123,7 @@ def share_output(output: StepOutput, num_ranks: int) -> list[StepOutput]:
         token_ids=none.astype(np.int64),
         logprobs=(),
         expert_counts=np.zeros_like(output.expert_counts),
+        drafts=_part_of(output.drafts, 0, 0),
     )
     return [output, *[rest] * (num_ranks - 1)]
 

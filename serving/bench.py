@@ -29,6 +29,7 @@ from serving.bench_stream import StreamRecorder
 from serving.errors import ConfigError
 from serving.records import RequestRecord
 from serving.report import BenchResult, RunInfo, needed_percentiles
+from serving.spec_decode import SpecDecodeStats, stats_between
 from serving.summary import summarize
 from serving.workload import Piece, Workload, WorkloadRequest, to_ns
 
@@ -113,6 +114,7 @@ class _Run:
         chosen = generator_for(config.seed, "cancellation").permutation(len(workload))[:num_cancelled]
         self._cancelled = frozenset(chosen.tolist())
         self._records: dict[int, RequestRecord] = {}
+        self._spec_decode: SpecDecodeStats | None = None
         self._started = datetime.now()
         self._start_ns = self._end_ns = time.perf_counter_ns()
 
@@ -121,6 +123,7 @@ class _Run:
         async with self._client as client:
             await client.wait_until_ready()
             await self._warm_up()
+            counters = await client.spec_decode_counters()
             disable = self._config.disable_tqdm
             with _Progress(total=len(self._workload), disable=disable, file=sys.stderr, unit="req") as progress:
                 self._started, self._start_ns = datetime.now(), time.perf_counter_ns()
@@ -128,6 +131,7 @@ class _Run:
                     await self._dispatch(progress)
                 finally:
                     self._end_ns = time.perf_counter_ns()
+            self._spec_decode = stats_between(counters, await client.spec_decode_counters())
 
     async def _dispatch(self, progress: _Progress) -> None:
         async with asyncio.TaskGroup() as group:
@@ -201,6 +205,7 @@ class _Run:
                 goodput=config.goodput,
             ),
             records=records,
+            spec_decode=self._spec_decode,
             percentile_metrics=config.percentile_metrics,
             metric_percentiles=config.metric_percentiles,
             rps_change_events=self._rps_change_events(len(records)),

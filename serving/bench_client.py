@@ -21,11 +21,13 @@ from serving.bench_config import BenchConfig
 from serving.bench_stream import SseParser, StreamError, StreamRecorder, error_message
 from serving.errors import ServingError, shown
 from serving.records import Outcome, RequestRecord
+from serving.spec_decode import Counters, parse_counters
 from serving.workload import Workload, WorkloadRequest, words_from_token_ids
 
 CONNECT_TIMEOUT_S = 30.0
 READY_POLL_S = 0.25
 READY_ANSWER_TIMEOUT_S = 10.0
+METRICS_TIMEOUT_S = 5.0
 # Below the 5 s after which uvicorn closes an idle connection, so that a request never meets a closing one.
 KEEPALIVE_S = 4.0
 MAX_ERROR_BODY_BYTES = 4096
@@ -111,6 +113,16 @@ class BenchClient:
                 f"{url}: HTTP {status}, lists no model: {_error_text(body)}; give the model's name"
             ) from None
         return None
+
+    async def spec_decode_counters(self) -> Counters:
+        """What the endpoint has drafted so far; empty if it does not say."""
+        timeout = aiohttp.ClientTimeout(total=METRICS_TIMEOUT_S)
+        try:
+            async with self._session.get(f"{self._config.root_url}/metrics", timeout=timeout) as response:
+                text = await response.text(errors="replace") if response.status == 200 else ""
+        except (aiohttp.ClientError, OSError, ValueError):
+            return {}
+        return parse_counters(text)
 
     def encode(self, request: WorkloadRequest) -> bytes:
         """The JSON body of `request`."""

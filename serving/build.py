@@ -9,16 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from devices.clock import Clock
 from devices.fabric import Endpoint, Fabric
-from devices.pipeline import DEFAULT_IMBALANCE, StepTime, StepTimeModel, StepWork
-from devices.rates import ExpertDeployment
+from devices.pipeline import StepTime
 from model import work
 from model.layout import RankLayout, make_layouts
 from serving.arrivals import generator_for
 from serving.batched_ranks import merged_layout
+from serving.charge import step_charge
 from serving.cluster import Cluster
 from serving.config import Role, RunConfig
 from serving.core.batch_scheduler import BatchScheduler
@@ -75,7 +73,7 @@ def build_cluster(
 
     `charge_for` takes the place of the time model.
     """
-    charge_for = charge_for or _charge
+    charge_for = charge_for or step_charge
     fabric = Fabric(config.hardware)
     moves = transport or NullTransport()
     dies: dict[InstanceId, list[Endpoint]] = {}
@@ -98,8 +96,10 @@ def build_cluster(
             enable_prefix_caching=section.prefix_caching,
             policy=config.scheduler.policy,
             preempt_to="caller" if role == "decode" else "self",
+            # A prefill instance hands each request over after its first token: there is nothing to draft.
+            num_speculative_tokens=0 if role == "prefill" else config.speculative.num_speculative_tokens,
         )
-        shard: Shard = TimingShard()
+        shard: Shard = TimingShard(acceptance=config.speculative.acceptance)
         if transport is not None:
             shard = TorchShard(
                 instance_id=place.instance_id,
@@ -107,6 +107,7 @@ def build_cluster(
                 scheduler=scheduler,
                 world_size=config.world_size(role),
                 is_replicated=role == "prefill",
+                hidden_size=config.shape.hidden_size if config.is_speculative else None,
             )
         engines.setdefault(role, []).append(
             Engine(
@@ -156,7 +157,8 @@ def build_cluster(
         fabric=fabric,
         transport=moves,
         dies=dies,
-        kv_bytes_per_token=work.kv_bytes_per_token(config.charged_shape),
+        kv_bytes_per_token=work.kv_bytes_per_token(config.charged_shape, include_mtp=config.is_speculative),
+        hidden_state_bytes=4 * config.charged_shape.hidden_size if config.is_speculative else 0,
     )
     return cluster
 
@@ -170,63 +172,16 @@ def host_endpoints(config: RunConfig, fabric: Fabric) -> list[Endpoint]:
     return [fabric.host(host_id) for host_id in (order + spare)[: config.kv_pool.hosts]]
 
 
-def _charge(config: RunConfig, role: Role) -> Callable[[ScheduledBatch], StepTime]:
-    """The time of a step of one instance of `role`."""
-    charged = config.charged_instance(role)
-    model = StepTimeModel(
-        config.charged_shape,
-        config.hardware,
-        role=role,
-        represents_ep=charged.ep,
-        microbatch=config.timing.microbatch,
-        deployment=ExpertDeployment(
-            ep=charged.ep,
-            num_router_slots=config.charged_shape.n_routed_experts + charged.num_redundant_experts,
-            num_shared_slots=charged.num_shared_expert_copies,
-            imbalance=DEFAULT_IMBALANCE[role] if charged.ep > 1 else 1.0,
-        ),
-    )
-    world_size = config.world_size(role)
-
-    def charge(batch: ScheduledBatch) -> StepTime:
-        scheduled = batch.num_scheduled_tokens.astype(np.int64)
-        end = batch.num_computed_tokens + scheduled
-        # Query token i of a row attends to the tokens before it in the row's context, and to itself.
-        context = scheduled * batch.num_computed_tokens + scheduled * (scheduled + 1) // 2
-        if role == "prefill":
-            return model.step(
-                StepWork.split_sequence(
-                    world_size,
-                    num_tokens=int(scheduled.sum()),
-                    num_context_tokens=int(context.sum()),
-                    num_kv_tokens=int(end.sum()),
-                    num_seqs=batch.num_rows,
-                    num_samples=int(batch.samples.sum()),
-                )
-            )
-        num_tokens, num_context_tokens, num_kv_tokens, num_samples = batch.sums_by_rank(
-            scheduled, context, end, batch.samples
-        )
-        return model.step(
-            StepWork(
-                num_tokens=num_tokens,
-                num_context_tokens=num_context_tokens,
-                num_kv_tokens=num_kv_tokens,
-                num_seqs=batch.rank_starts[1:] - batch.rank_starts[:-1],
-                num_samples=num_samples,
-            )
-        )
-
-    return charge
-
-
-def _stops(eos_token_id: int) -> Callable[[Request, int], bool]:
-    def stops(request: Request, token_id: int) -> bool:
+def _stops(eos_token_id: int) -> Callable[[Request, Sequence[int]], int | None]:
+    def stops(request: Request, token_ids: Sequence[int]) -> int | None:
         params = request.sampling
         assert isinstance(params, SamplingParams)
-        if request.num_output_tokens + 1 < params.min_tokens:
-            return False
-        return (token_id == eos_token_id and not params.ignore_eos) or token_id in params.stop_token_ids
+        for num_new, token_id in enumerate(token_ids, start=1):
+            if request.num_output_tokens + num_new < params.min_tokens:
+                continue
+            if (token_id == eos_token_id and not params.ignore_eos) or token_id in params.stop_token_ids:
+                return num_new
+        return None
 
     return stops
 
@@ -247,6 +202,7 @@ def npu_worker_plans(config: RunConfig, checkpoint: Path) -> dict[InstanceId, li
                     layout=layout,
                     num_blocks=config.instances[role].num_blocks,
                     block_size=config.cache.block_size,
+                    with_mtp=config.is_speculative,
                 )
                 for layout in layouts[index * dies : (index + 1) * dies]
             )
@@ -322,5 +278,5 @@ def rank_layouts(config: RunConfig, role: Role) -> Sequence[RankLayout]:
         physical_to_logical=placement.physical_to_logical,
         shared_expert=section.shared_expert,
         dispatch_dtype=config.model.dispatch_dtype,
-        max_num_tokens=section.max_num_batched_tokens,
+        max_num_tokens=config.max_step_tokens(role),
     )

@@ -59,7 +59,9 @@ class Cluster:
         transport: Transport,
         dies: Mapping[InstanceId, list[Endpoint]],
         kv_bytes_per_token: int,
+        hidden_state_bytes: int = 0,
     ) -> None:
+        """`hidden_state_bytes`: of the hidden state that is handed over with a request's KV, for its first draft."""
         self.config = config
         self.clock = clock
         self.log = log
@@ -72,6 +74,7 @@ class Cluster:
         self._transport = transport
         self._dies = dies
         self._kv_bytes_per_token = kv_bytes_per_token
+        self._hidden_state_bytes = hidden_state_bytes
         self._engine_of = {engine.instance_id: engine for group in engines.values() for engine in group}
         self._loops: list[asyncio.Task[None]] = []
         self._moves: set[asyncio.Task[None]] = set()
@@ -319,7 +322,7 @@ class Cluster:
         num_blocks = -(-num_tokens // self.config.cache.block_size)
         start_ns = self.clock.now_ns()
         start_wall_ns = time.monotonic_ns()
-        num_bytes = num_tokens * self._kv_bytes_per_token
+        num_bytes = num_tokens * self._kv_bytes_per_token + self._hidden_state_bytes
         end_ns = self.fabric.reserve(
             "rdma",
             self._dies[prefill.instance_id][source_rank],

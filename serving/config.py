@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from devices.spec import SupernodeSpec
 from model.config import ModelConfig
-from serving.errors import ConfigError
+from serving.config_checks import check_parts
 
 Role = Literal["prefill", "decode", "colocated"]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -116,6 +116,14 @@ class ServerSection(Section):
     api_key: str | None = None
 
 
+class SpeculativeSection(Section):
+    """Speculative decoding with the model's own multi-token-prediction module; field names are vLLM's."""
+
+    method: Literal["mtp"] = "mtp"
+    num_speculative_tokens: Literal[0, 1] = 0  # drafts per step and request; 0: off
+    acceptance: Annotated[float, Field(ge=0, le=1)] = 0.7  # share of right drafts that `simulate` assumes
+
+
 class RaySection(Section):
     """How devices become actors."""
 
@@ -158,6 +166,7 @@ class RunConfig(Section):
     router: RouterSection = RouterSection()
     scheduler: SchedulerSection = SchedulerSection()
     server: ServerSection = ServerSection()
+    speculative: SpeculativeSection = SpeculativeSection()
     ray: RaySection = RaySection()
     workload: WorkloadSection = WorkloadSection()
     seed: NonNegativeInt = 0
@@ -183,6 +192,17 @@ class RunConfig(Section):
     def disaggregated(self) -> bool:
         """Whether prefill and decode run on different instances."""
         return "colocated" not in self.instances
+
+    @property
+    def is_speculative(self) -> bool:
+        """Whether the MTP module runs."""
+        return self.speculative.num_speculative_tokens > 0
+
+    def max_step_tokens(self, role: Role) -> int:
+        """Most rows of one pass of the model or of the MTP module, which adds each request's newest token."""
+        section = self.instances[role]
+        newest = section.max_num_seqs if self.is_speculative and role != "prefill" else 0
+        return section.max_num_batched_tokens + newest
 
     def dies_per_npu(self, role: Role) -> int:
         """Dies, that is ranks, of one NPU of `role`."""
@@ -226,7 +246,7 @@ class RunConfig(Section):
     def attach(self, parts: "Parts") -> "RunConfig":
         """Join the included parts and run the checks that need them; called once, by the loader."""
         self._parts = parts
-        self._check_parts()
+        check_parts(self)
         return self
 
     @model_validator(mode="after")
@@ -246,6 +266,11 @@ class RunConfig(Section):
                     f"instances.{role}.max_num_seqs: {section.max_num_seqs} exceeds "
                     f"max_num_batched_tokens {section.max_num_batched_tokens}"
                 )
+            if self.is_speculative and role != "prefill" and 2 * section.max_num_seqs > section.max_num_batched_tokens:
+                raise ValueError(
+                    f"instances.{role}.max_num_seqs: {section.max_num_seqs} requests with a draft each exceed "
+                    f"max_num_batched_tokens {section.max_num_batched_tokens}"
+                )
             capacity = section.num_blocks * self.cache.block_size
             if capacity < self.model.max_model_len:
                 raise ValueError(
@@ -253,40 +278,6 @@ class RunConfig(Section):
                     f"{capacity}, less than model.max_model_len {self.model.max_model_len}"
                 )
         return self
-
-    def _check_parts(self) -> None:
-        shape, num_dies = self.shape, self.hardware.npu.num_dies
-        if self.model.max_model_len > self.shape.max_position_embeddings:
-            raise ConfigError(
-                f"model.max_model_len: {self.model.max_model_len} exceeds max_position_embeddings "
-                f"{self.shape.max_position_embeddings} of {self.model.config}"
-            )
-        for role, section in self.instances.items():
-            if self.dies_per_npu(role) > num_dies:
-                raise ConfigError(
-                    f"instances.{role}.dies_per_npu: {section.dies_per_npu}, "
-                    f"an NPU of {self.hardware.name} has {num_dies}"
-                )
-            world, heads, slots = self.world_size(role), shape.num_attention_heads, self.num_physical_experts(role)
-            if section.shared_expert == "dispatched" and shape.n_shared_experts != 1:
-                raise ConfigError(
-                    f"instances.{role}.shared_expert: dispatched needs n_shared_experts 1, "
-                    f"{self.model.config} has {shape.n_shared_experts}"
-                )
-            if slots % world:
-                raise ConfigError(
-                    f"instances.{role}.num_redundant_experts: {section.num_redundant_experts} makes {slots} physical "
-                    f"experts, which do not divide by {world} ranks"
-                )
-            if role == "prefill" and heads % world:
-                raise ConfigError(f"instances.prefill.npus: {heads} attention heads do not divide by {world} ranks")
-        workload = self.workload
-        widest = int((workload.input_len + workload.output_len) * (1 + workload.range_ratio))
-        if widest > self.model.max_model_len:
-            raise ConfigError(
-                f"workload.input_len: {workload.input_len} + output_len {workload.output_len}, up to {widest} tokens "
-                f"with range_ratio {workload.range_ratio:g}, exceeds model.max_model_len {self.model.max_model_len}"
-            )
 
 
 class Parts(BaseModel):

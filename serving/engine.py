@@ -24,6 +24,7 @@ from serving.core.request import Request
 from serving.core.router import Room
 from serving.core.scheduled_batch import Load, ScheduledBatch
 from serving.engine_run import Run, RunEnd, StepRecord, TokenSink
+from serving.engine_tokens import StepTokens, Stops, hand_out, kept_tokens
 from serving.errors import EngineFailure
 from serving.shard import Sampled, Shard
 
@@ -42,7 +43,7 @@ class Engine:
         requeues_preempted: bool,
         shard: Shard,
         charge: Callable[[ScheduledBatch], StepTime],
-        stops: Callable[[Request, int], bool],
+        stops: Stops,
         clock: Clock,
         log: EventLog,
         on_step: Callable[[StepRecord], None],
@@ -50,7 +51,7 @@ class Engine:
     ) -> None:
         """`max_num_seqs` and `requeues_preempted` are those of the scheduler.
 
-        `charge(batch)` is the time of a step; `stops(request, token_id)` whether a new token ends the request.
+        `charge(batch)` is the time of a step; `stops` says which of a step's tokens ends a request.
 
         `on_capacity` is called when blocks or slots came free.
         """
@@ -75,6 +76,8 @@ class Engine:
         self._failure: str | None = None
         self.busy_ns = 0
         self.num_steps = 0
+        self.num_drafts = 0  # verified
+        self.num_accepted = 0  # of them
 
     @property
     def failure(self) -> EngineFailure | None:
@@ -292,9 +295,13 @@ class Engine:
         await self._clock.sleep_until(start_ns + cost.ns)
         sampled = await self._clock.external(pending)
         end_wall_ns = time.monotonic_ns()
-        simulated_itl_ns, wall_itl_ns = self._account(batch, sampled, end_wall_ns)
+        tokens = self._account(batch, sampled, end_wall_ns)
         self.busy_ns += cost.ns
         self.num_steps += 1
+        num_drafts = 0 if batch.drafts is None else int(batch.drafts.num_drafts.sum())
+        num_accepted = 0 if sampled.num_accepted is None else int(sampled.num_accepted.sum())
+        self.num_drafts += num_drafts
+        self.num_accepted += num_accepted
         self._on_step(
             StepRecord(
                 instance_id=self.instance_id,
@@ -303,49 +310,27 @@ class Engine:
                 time=cost,
                 num_seqs=batch.num_rows,
                 num_tokens=batch.num_tokens,
-                num_sampled=int(batch.samples.sum()),
+                num_sampled=tokens.num_tokens,
+                num_drafts=num_drafts,
+                num_accepted=num_accepted,
                 num_preemptions=len(batch.preempted),
                 wall_ns=end_wall_ns - start_wall_ns,
-                simulated_itl_ns=np.array(simulated_itl_ns, np.float64),
-                wall_itl_ns=np.array(wall_itl_ns, np.float64),
+                simulated_itl_ns=np.array(tokens.simulated_itl_ns, np.float64),
+                wall_itl_ns=np.array(tokens.wall_itl_ns, np.float64),
             )
         )
 
-    def _account(self, batch: ScheduledBatch, sampled: Sampled, wall_ns: int) -> tuple[list[int], list[int]]:
-        """Hand out the step's tokens and end what has ended; gaps to the tokens before, simulated and wall."""
+    def _account(self, batch: ScheduledBatch, sampled: Sampled, wall_ns: int) -> StepTokens:
+        """Hand out the step's tokens and end what has ended."""
         now_ns = self._clock.now_ns()
-        index_of_row = {row: index for index, row in enumerate(np.flatnonzero(batch.samples).tolist())}
-        stop_mask = None
-        if sampled.token_ids is not None:
-            stop_mask = np.zeros(batch.num_rows, np.bool_)
-            for row, index in index_of_row.items():
-                run = self._runs.get(batch.request_ids[row])  # None: released during the step
-                if run is not None and not run.request.is_over:
-                    stop_mask[row] = self._stops(run.request, int(sampled.token_ids[index]))
-        result = self.scheduler.update(batch, stop_mask)
+        kept = kept_tokens(batch, sampled, self._runs, self._stops)
+        result = self.scheduler.update(batch, kept.stop_mask, kept.num_accepted)
         self._in_flight = None
-        simulated_itl_ns: list[int] = []
-        wall_itl_ns: list[int] = []
-        for row in result.sampled_rows.tolist():
-            run = self._runs[batch.request_ids[row]]
-            if run.request.is_over:  # at this very instant; it is released next
-                continue
-            if run.request.last_token_ns is not None:
-                simulated_itl_ns.append(now_ns - run.request.last_token_ns)
-            if run.sink.last_token_wall_ns is not None:
-                wall_itl_ns.append(wall_ns - run.sink.last_token_wall_ns)
-            token_ids: tuple[int, ...] = ()
-            logprobs = None
-            if sampled.token_ids is not None:
-                index = index_of_row[row]
-                token_ids = (int(sampled.token_ids[index]),)
-                logprobs = None if sampled.logprobs is None else sampled.logprobs[index]
-            run.request.record_tokens(1, now_ns, token_ids=token_ids)
-            run.sink(run.request, token_ids, logprobs)
+        tokens = hand_out(batch, sampled, kept, result.sampled_rows, self._runs, now_ns=now_ns, wall_ns=wall_ns)
         for request_id, stopped in zip(result.finished, result.stopped.tolist(), strict=True):
             self._log.append(now_ns, "done", request_id, instance=self.instance_id, stopped=int(stopped))
             self._runs.pop(request_id).end(RunEnd.STOP if stopped else RunEnd.LENGTH)
         if result.aborted:
             self._forget(result.aborted)
             self._notify_capacity()
-        return simulated_itl_ns, wall_itl_ns
+        return tokens

@@ -34,8 +34,14 @@ class TokenSink(Protocol):
 
     last_token_wall_ns: int | None  # when it last heard of one
 
-    def __call__(self, request: Request, token_ids: tuple[int, ...], logprobs: TokenLogprobs | None) -> None:
-        """One new token; `token_ids` is empty where a timing shard made it."""
+    def __call__(
+        self,
+        request: Request,
+        num_tokens: int,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...] | None,
+    ) -> None:
+        """The new tokens of one step; `token_ids` is empty where a timing shard made them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +54,9 @@ class StepRecord:
     time: StepTime
     num_seqs: int
     num_tokens: int
-    num_sampled: int
+    num_sampled: int  # new tokens
+    num_drafts: int  # verified, of one token each
+    num_accepted: int  # of them
     num_preemptions: int
     wall_ns: int  # from its start to its end on the machine's clock
     simulated_itl_ns: NDArray[np.float64]  # of the tokens that followed another

@@ -20,7 +20,7 @@ FINISH_REASON: dict[OutcomeReason, FinishReason] = {
     OutcomeReason.ERROR: "error",
 }
 CERTAIN = TokenLogprobs(logprob=0.0, top=())
-OnToken = Callable[[Request, tuple[int, ...], TokenLogprobs | None], None]
+OnToken = Callable[[Request, int, tuple[int, ...], tuple[TokenLogprobs, ...] | None], None]  # a TokenSink's call
 
 
 class Life:
@@ -39,22 +39,28 @@ class Life:
         self.scheduled_wall_ns: int | None = None
         self.first_token_wall_ns: int | None = None
         self.last_token_wall_ns: int | None = None
-        self.token_instants_ns: list[int] = []  # simulated
+        self.token_instants_ns: list[int] = []  # simulated, one per step that gave it tokens
 
-    def __call__(self, request: Request, token_ids: tuple[int, ...], logprobs: TokenLogprobs | None) -> None:
-        """One new token."""
+    def __call__(
+        self,
+        request: Request,
+        num_tokens: int,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...] | None,
+    ) -> None:
+        """The new tokens of one step."""
         self.last_token_wall_ns = time.monotonic_ns()
         assert request.last_token_ns is not None
         self.token_instants_ns.append(request.last_token_ns)
         if self.listener is not None:
-            self.listener(request, token_ids, logprobs)
+            self.listener(request, num_tokens, token_ids, logprobs)
         if self.first_token_wall_ns is None:
             self.first_token_wall_ns = self.last_token_wall_ns
         if self.stream is not None:
             if not token_ids:
                 assert isinstance(request.sampling, SamplingParams)
-                token_ids = self.filler
-                logprobs = None if request.sampling.logprobs is None else CERTAIN
+                token_ids = self.filler * num_tokens
+                logprobs = None if request.sampling.logprobs is None else (CERTAIN,) * len(token_ids)
             self.stream.push(token_ids, logprobs)
 
     def stop_token(self, reason: OutcomeReason) -> int | None:

@@ -145,7 +145,7 @@ class RequestTimes:
     simulated: Latencies
     wall: Latencies
     num_cached_tokens: int = 0  # of the prompt: found in the NPU's blocks or in the pool
-    simulated_itl_ms: tuple[float, ...] = ()  # gaps between its tokens by the simulated clock
+    simulated_itl_ms: tuple[float, ...] = ()  # gaps between its chunks by the simulated clock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

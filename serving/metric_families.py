@@ -85,6 +85,11 @@ class MetricFamilies:
         self.drafts = counter("vllm:spec_decode_num_drafts", "Speculative drafts.")
         self.draft_tokens = counter("vllm:spec_decode_num_draft_tokens", "Tokens drafted.")
         self.accepted_tokens = counter("vllm:spec_decode_num_accepted_tokens", "Drafted tokens accepted.")
+        self.accepted_tokens_per_pos = counter(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Drafted tokens accepted, by position in the draft.",
+            (*LABELS, "position"),
+        )
         self.npu_busy = counter("supernode:npu_busy_seconds", "Simulated seconds that NPUs were at work.")
         self.plane_bytes = counter("supernode:plane_bytes", "Bytes sent over a plane.", ("plane",))
         self.rejected = counter("supernode:requests_rejected", "Requests not admitted.", ("reason",))

@@ -135,6 +135,7 @@ class EngineMetrics:
         self._drafts = families.drafts.labels(*labels)
         self._draft_tokens = families.draft_tokens.labels(*labels)
         self._accepted_tokens = families.accepted_tokens.labels(*labels)
+        self._accepted_first_tokens = families.accepted_tokens_per_pos.labels(*labels, "0")  # a draft is one token
         self._npu_busy = families.npu_busy.labels(*labels)
         self._prompt_len = families.prompt_len.labels(*labels)
         self._output_len = families.output_len.labels(*labels)
@@ -168,6 +169,7 @@ class EngineMetrics:
             (self._drafts, step.num_drafts),
             (self._draft_tokens, step.num_draft_tokens),
             (self._accepted_tokens, step.num_accepted_tokens),
+            (self._accepted_first_tokens, step.num_accepted_tokens),
         ):
             if amount:
                 counter.inc(amount)

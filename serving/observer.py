@@ -52,6 +52,9 @@ class Observer:
                 wall_s=step.wall_ns / 1e9,
                 npu_busy_s=seconds * npus,
                 num_preemptions=step.num_preemptions,
+                num_drafts=step.num_drafts,
+                num_draft_tokens=step.num_drafts,
+                num_accepted_tokens=step.num_accepted,
                 simulated_itl_s=step.simulated_itl_ns / 1e9,
                 wall_itl_s=step.wall_itl_ns / 1e9,
             )

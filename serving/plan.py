@@ -41,7 +41,7 @@ class DiePlan:
 
 def block_bytes(config: RunConfig) -> int:
     """Bytes of one cache block of the charged model, in HBM and in the pool."""
-    return config.cache.block_size * work.kv_bytes_per_token(config.charged_shape)
+    return config.cache.block_size * work.kv_bytes_per_token(config.charged_shape, include_mtp=config.is_speculative)
 
 
 def die_plan(config: RunConfig, role: Role) -> DiePlan:
@@ -68,7 +68,11 @@ def die_plan(config: RunConfig, role: Role) -> DiePlan:
             + local_shared * weights.shared_expert_per_layer
         )
     )
-    local_batch = section.max_num_batched_tokens
+    if config.is_speculative:  # its experts are divided like those of every layer
+        all_experts = shape.n_routed_experts * weights.routed_expert + weights.shared_expert_per_layer
+        own_experts = experts_per_die * weights.routed_expert + local_shared * weights.shared_expert_per_layer
+        weight_bytes += weights.mtp_module - all_experts + own_experts - (weights.attention_per_layer - attention)
+    local_batch = config.max_step_tokens(role)
     if role == "prefill":
         local_batch = math.ceil(local_batch / config.world_size(role))
     buffers = sum(
@@ -186,6 +190,8 @@ def format_plan(config: RunConfig) -> str:
         )
     else:
         lines.append("pool: none")
+    if config.is_speculative:
+        lines.append(f"drafts: {config.speculative.num_speculative_tokens} per step, by the model's MTP module")
     lines.append(
         f"router {config.router.policy}, queue {config.scheduler.policy} of {config.scheduler.max_queued_requests}, "
         f"context {config.model.max_model_len}, clock scale {config.clock.scale:g}"

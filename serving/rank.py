@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from model.collectives import Collective, Reply
 from model.latent_cache import LatentCache
+from model.mtp import MtpModule
+from model.speculation import SpeculativeTransformer
 from model.step import StepInput, StepOutput
 from model.transformer import Transformer
 from model.weights import load_rank_weights
@@ -20,18 +22,25 @@ from serving.worker import RankPlan
 
 
 class ModelRank:
-    """A `Transformer` with its weights loaded and its cache allocated."""
+    """A `Transformer`, if need be with its MTP module, with its weights loaded and its cache allocated."""
 
     def __init__(self, plan: RankPlan) -> None:
         # One thread per rank: ranks are many and the cores few, and OpenMP teams that share a core stall each other.
         torch.set_num_threads(1)
-        weights = load_rank_weights(plan.checkpoint, plan.config, plan.layout)
-        self._cache = LatentCache(plan.config, num_blocks=plan.num_blocks, block_size=plan.block_size)
-        self._transformer = Transformer(plan.config, plan.layout, weights, self._cache)
+        with_mtp = plan.with_mtp
+        weights = load_rank_weights(plan.checkpoint, plan.config, plan.layout, with_mtp=with_mtp)
+        self._cache = LatentCache(
+            plan.config, num_blocks=plan.num_blocks, block_size=plan.block_size, with_mtp=with_mtp
+        )
+        transformer = Transformer(plan.config, plan.layout, weights, self._cache)
+        self._model: Transformer | SpeculativeTransformer = transformer
+        if with_mtp:
+            module = MtpModule(plan.config, plan.layout, weights, self._cache)
+            self._model = SpeculativeTransformer(plan.config, plan.layout, transformer, module)
 
     def step(self, step: StepInput) -> Generator[Collective, Reply, StepOutput]:
         """One forward, as the generator that the collectives' driver advances."""
-        return self._transformer.forward(step)
+        return self._model.forward(step)
 
     def member(self, index: int, *, num_blocks: int) -> "MemberRank":
         """Member `index` of the ranks that this one merges, with `num_blocks` blocks each; 0: they share all."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from serving.arrivals import RampUp
 from serving.records import RequestRecord, Timing
+from serving.spec_decode import SpecDecodeStats
 from serving.summary import METRICS, ClockName, Distribution, Metric, Summary, summarize
 
 WIDTH = 50
@@ -55,6 +56,7 @@ class BenchResult:
     info: RunInfo
     summary: Summary
     records: tuple[RequestRecord, ...] = ()
+    spec_decode: SpecDecodeStats | None = None  # None: nothing was drafted, or nobody says
     percentile_metrics: tuple[Metric, ...] = ("ttft", "tpot", "itl")
     metric_percentiles: tuple[float, ...] = (99.0,)
     held_at_rest: Mapping[str, int] | None = None
@@ -88,6 +90,9 @@ def format_table(result: BenchResult) -> str:
         ]
         for p in result.metric_percentiles:
             lines.append(_row(f"P{p:g} {name} (ms):", values.percentiles[p] if values else 0.0))
+    if result.spec_decode is not None:
+        lines.append("Speculative Decoding".center(WIDTH, "-"))
+        lines += [label if value is None else _row(label, value) for label, value in result.spec_decode.rows()]
     lines += _clock_rows(result.summary)
     lines += _outcome_rows(result)
     for title, section in (("Cluster", result.cluster), ("Held at Rest", result.held_at_rest)):
@@ -134,6 +139,8 @@ def to_json(result: BenchResult, *, detailed: bool = False) -> dict[str, Any]:
     percentiles = needed_percentiles(result.metric_percentiles)
     for metric in SELECTABLE_METRICS:
         values |= _statistics(metric, _main_distribution(summary, metric), percentiles, absent=0.0)
+    if result.spec_decode is not None:
+        values |= result.spec_decode.to_json()
     values |= _our_keys(result, percentiles)
     return values | _details(result) if detailed else values
 
@@ -142,7 +149,8 @@ def reserved_keys() -> frozenset[str]:
     """The keys of `to_json` itself, which metadata may not take."""
     nothing = summarize((), duration_s=0.0)
     info = RunInfo(date="", backend="", model_id="", num_prompts=0)
-    return frozenset(to_json(BenchResult(info=info, summary=nothing), detailed=True))
+    drafts = SpecDecodeStats.of_single_drafts(1, 1)
+    return frozenset(to_json(BenchResult(info=info, summary=nothing, spec_decode=drafts), detailed=True))
 
 
 def result_filename(info: RunInfo) -> str:

@@ -20,6 +20,7 @@ from serving.core.event_log import EventLog
 from serving.core.ids import RequestId
 from serving.frontend import Frontend
 from serving.report import BenchResult, RunInfo, needed_percentiles
+from serving.spec_decode import SpecDecodeStats
 from serving.summary import summarize
 from serving.traces import TraceOptions, load_trace
 from serving.transport import Transport
@@ -154,6 +155,10 @@ def _bench_result(
         ),
         summary=summarize(run.records, duration_s=simulated_s, percentiles=needed_percentiles((99.0,))),
         records=tuple(run.records),
+        spec_decode=SpecDecodeStats.of_single_drafts(
+            sum(engine.num_drafts for engine in cluster.all_engines),
+            sum(engine.num_accepted for engine in cluster.all_engines),
+        ),
         held_at_rest=held,
         cluster=cluster_figures(cluster) | {"simulated_s": simulated_s, "wall_s": wall_s, "digest": log.digest()},
     )

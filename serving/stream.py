@@ -22,11 +22,11 @@ class TokenStream:
         self._is_read_out = False
         self._wake = asyncio.Event()
 
-    def push(self, token_ids: tuple[int, ...], logprobs: TokenLogprobs | None) -> None:
-        """New tokens; `logprobs` of the token, if there is one and they are wanted."""
+    def push(self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...] | None) -> None:
+        """New tokens; `logprobs` one per token, if they are wanted."""
         self._token_ids.extend(token_ids)
         if logprobs is not None:
-            self._logprobs.append(logprobs)
+            self._logprobs.extend(logprobs)
         self._wake.set()
 
     def close(self, reason: FinishReason, *, stop_reason: int | None, times: RequestTimes, error: str | None) -> None:

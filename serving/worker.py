@@ -48,6 +48,7 @@ class RankPlan:
     layout: RankLayout
     num_blocks: int
     block_size: int
+    with_mtp: bool = False  # the MTP module, and its layer of the cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

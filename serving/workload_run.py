@@ -28,12 +28,18 @@ OUTCOME_OF_STATE: dict[RequestState, Outcome] = {
 
 @dataclass(slots=True)
 class TokenTimes:
-    """Instants of a request's tokens. Implements life.OnToken."""
+    """Instants at which a request's tokens came, one per step. Implements life.OnToken."""
 
     clock: Clock
     instants_ns: list[int] = field(default_factory=list)
 
-    def __call__(self, request: Request, token_ids: tuple[int, ...], logprobs: TokenLogprobs | None) -> None:
+    def __call__(
+        self,
+        request: Request,
+        num_tokens: int,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...] | None,
+    ) -> None:
         self.instants_ns.append(self.clock.now_ns())
 
 

@@ -131,24 +131,35 @@ class BatchScheduler(SchedulerState):
             waiting=self._waiting,
             max_num_batched_tokens=self.max_num_batched_tokens,
             requeue_preempted=self._preempt_to == "self",
+            num_speculative_tokens=self._num_speculative_tokens,
         )
         batch = plan.decide()
         if batch is not None and batch.num_rows:
             self._in_flight = batch
         return batch
 
-    def update(self, batch: ScheduledBatch, stop_mask: Mask | None = None) -> StepResult:
+    def update(
+        self, batch: ScheduledBatch, stop_mask: Mask | None = None, num_accepted: Counts | None = None
+    ) -> StepResult:
         """The step has run: count what it computed, add the sampled tokens, and let go of what has ended.
 
-        `stop_mask`, one flag per row of the batch, ends rows that sampled a stop token.
+        `stop_mask`, one flag per row of the batch, ends rows that sampled a stop token. `num_accepted`, one number
+        per row, counts the drafts that were right and are kept; the slots of the others are computed again. A draft
+        behind a stop token is not kept.
         """
         if batch is not self._in_flight:
             raise IllegalCall("update: this batch is not in flight")
         if stop_mask is not None and stop_mask.shape != batch.slots.shape:
             raise IllegalCall(f"update: stop_mask of {stop_mask.shape} for {batch.num_rows} rows")
+        if num_accepted is not None and batch.drafts is None:
+            raise IllegalCall("update: no drafts were scheduled, none can be accepted")
         self._in_flight = None
         table, slots = self._table, batch.slots
         table.num_computed[slots] = batch.num_computed_tokens + batch.num_scheduled_tokens
+        if batch.drafts is not None:
+            num_accepted = np.zeros(len(slots), np.int64) if num_accepted is None else num_accepted
+            table.num_computed[slots] -= batch.drafts.num_drafts - num_accepted
+            table.has_draft[slots] = batch.drafts.makes_draft
         self._cache_full_blocks(slots)
         counts = batch.samples
         aborted: tuple[RequestId, ...] = ()
@@ -161,6 +172,8 @@ class BatchScheduler(SchedulerState):
         sampled_rows = np.flatnonzero(counts)
         sampled_slots = slots if len(sampled_rows) == len(slots) else slots[sampled_rows]
         num_tokens = table.num_tokens[sampled_slots] + 1
+        if num_accepted is not None:
+            num_tokens += num_accepted[sampled_rows]
         is_over = num_tokens >= table.total_limit[sampled_slots]
         if stop_mask is not None:
             is_over |= stop_mask[sampled_rows]

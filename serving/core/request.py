@@ -110,6 +110,7 @@ class Request:
     outcome: Outcome | None = field(default=None, init=False)
     output_token_ids: list[int] = field(default_factory=list, init=False)  # empty if only counts are known
     num_output_tokens: int = field(default=0, init=False)
+    drafting: object = field(default=None, init=False)  # opaque here: what speculative decoding goes on from
     num_cached_tokens: int = field(default=0, init=False)  # of the prompt, at the first prefill
     num_pool_tokens: int = field(default=0, init=False)  # those of them that came from the shared pool
     num_preemptions: int = field(default=0, init=False)
@@ -194,11 +195,13 @@ class Request:
     def preempt(self, now_ns: int) -> None:
         """Its blocks were taken; all its known tokens are to be prefilled again."""
         self._move(RequestState.WAITING, now_ns)
+        self.drafting = None
         self.num_preemptions += 1
 
     def restart(self, now_ns: int) -> None:
         """Its instance was lost; it goes on elsewhere from the tokens that are known."""
         self._move(RequestState.WAITING, now_ns)
+        self.drafting = None
         self.num_restarts += 1
 
     def record_tokens(self, num_tokens: int, now_ns: int, *, token_ids: tuple[int, ...] = ()) -> None:

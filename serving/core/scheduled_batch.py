@@ -46,6 +46,19 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BatchDrafts:
+    """What each of N rows has to do with drafts. A draft is the last of the row's scheduled tokens."""
+
+    num_drafts: NDArray[np.int32]  # (N,) 0 or 1 draft to verify
+    makes_draft: Mask  # (N,) the next draft is wanted, and there is a slot for the newest token
+    is_behind: Mask  # (N,) no draft was made after the token before: the MTP module has one more row to compute
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            getattr(self, field.name).flags.writeable = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ScheduledBatch:
     """One step: N rows, in order of rank; within a rank rows of one token first, then prefill chunks by key.
 
@@ -63,6 +76,7 @@ class ScheduledBatch:
     preempted: tuple[Preempted, ...] = ()
     admitted: tuple[Admitted, ...] = ()
     loads: tuple[Load, ...] = ()  # each is also among the admitted
+    drafts: BatchDrafts | None = None  # None: no speculative decoding
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -80,8 +94,13 @@ class ScheduledBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed in this step, all ranks together."""
+        """Tokens computed in this step, all ranks together, drafts among them."""
         return int(self.num_scheduled_tokens.sum())
+
+    @property
+    def num_samples(self) -> NDArray[np.int32] | Mask:
+        """(N,) tokens that are sampled in each row: one if it samples, and one after its draft."""
+        return self.samples if self.drafts is None else self.samples + self.drafts.num_drafts
 
     def sums_by_rank(self, *values: NDArray[np.integer] | Mask) -> Counts:
         """Sums of values per row over each rank's rows, shape (len(values), num_ranks); exact, 0 for an idle rank."""

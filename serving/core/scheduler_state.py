@@ -33,17 +33,22 @@ class SchedulerState:
         enable_prefix_caching: bool = True,
         policy: Literal["fcfs", "priority"] = "fcfs",
         preempt_to: Literal["self", "caller"] = "self",
+        num_speculative_tokens: Literal[0, 1] = 0,
     ) -> None:
         for name, value in (("num_ranks", num_ranks), ("max_num_seqs", max_num_seqs)):
             if value < 1:
                 raise UnfitRequest(f"{name} {value} is below 1")
-        if max_num_seqs > max_num_batched_tokens:
-            raise UnfitRequest(f"max_num_seqs {max_num_seqs} exceeds max_num_batched_tokens {max_num_batched_tokens}")
+        if max_num_seqs * (1 + num_speculative_tokens) > max_num_batched_tokens:
+            drafts = " with a draft each" if num_speculative_tokens else ""
+            raise UnfitRequest(
+                f"max_num_seqs {max_num_seqs}{drafts} exceeds max_num_batched_tokens {max_num_batched_tokens}"
+            )
         self.block_size = block_size
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self._policy = policy
         self._preempt_to = preempt_to
+        self._num_speculative_tokens = num_speculative_tokens
         self._pools = [
             BlockPool(num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=enable_prefix_caching)
             for _ in range(num_ranks)

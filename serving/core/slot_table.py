@@ -37,6 +37,7 @@ class SlotTable:
         self.num_hashed_blocks = np.zeros(size, dtype=np.int32)  # of the request's hashes, how many are in the pool
         self.num_hashes = np.zeros(size, dtype=np.int32)
         self.ready = np.zeros(size, dtype=np.bool_)
+        self.has_draft = np.zeros(size, dtype=np.bool_)  # of the token at num_tokens; only with speculative decoding
         self.block_table = np.zeros((size, max_blocks), dtype=np.int32)
         self.request_ids: NDArray[np.object_] = np.full(size, None, dtype=object)
         self.jobs: list[Job | None] = [None] * size
@@ -113,6 +114,7 @@ class SlotTable:
         for column in (self.num_tokens, self.num_computed, self.capacity, self.total_limit):
             column[slot] = 0
         self.num_hashes[slot] = self.num_hashed_blocks[slot] = 0
+        self.has_draft[slot] = False
         if self.ready[slot]:
             self.ready[slot] = False
             self.num_ready -= 1
@@ -146,6 +148,7 @@ class SlotTable:
             assert self.jobs[slot] is None
             assert self.request_ids[slot] is None
             assert not self.ready[slot]
+            assert not self.has_draft[slot]
             assert self.num_tokens[slot] == self.num_computed[slot] == self.capacity[slot] == 0
             assert not self.block_table[slot].any()
         for request_id, slot in self._slot_by_request.items():

@@ -6,14 +6,15 @@ Source: vLLM v1 sched/scheduler.py, with one change: a request is admitted with 
 so a prefill that runs never lacks a block, and only rows that have outgrown theirs can cause a preemption.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from serving.core.block_pool import BlockPool
-from serving.core.ids import Counts
-from serving.core.scheduled_batch import Admitted, Load, Preempted, ScheduledBatch
+from serving.core.ids import Counts, Mask
+from serving.core.scheduled_batch import Admitted, BatchDrafts, Load, Preempted, ScheduledBatch
 from serving.core.slot_table import SlotTable
 from serving.core.waiting_queue import Job, Key, WaitingQueues
 
@@ -23,7 +24,9 @@ class StepPlan:
     1. `grow`: a row whose known tokens outgrow its blocks gets one more. Where the rank has none, the ready request
        with the worst key (priority, then order) is preempted, if need be the row itself. A row that is the only
        ready one waits in place: the blocks are held by requests that load, are reserved or are finished.
-    2. `take_single_tokens`: rows with one token to compute take it; the budget covers all slots.
+    2. `take_single_tokens`: rows with one token to compute take it; the budget covers all slots. With speculative
+       decoding they `look_ahead`: a draft is verified, and the next one made, if the rank has free blocks for it.
+       Nobody is preempted for that.
     3. `continue_prefills`: what is left of the budget goes to longer rows, by key, in chunks.
     4. `admit`: then to the waiting, by key. The first that does not fit ends it, and a rank that was short of a
        block admits nobody. A request whose prefix is loaded first needs blocks, but no budget.
@@ -40,16 +43,19 @@ class StepPlan:
         waiting: WaitingQueues,
         max_num_batched_tokens: int,
         requeue_preempted: bool,
+        num_speculative_tokens: int = 0,
     ) -> None:
         self._table = table
         self._pools = pools
         self._waiting = waiting
         self._max_num_batched_tokens = max_num_batched_tokens
         self._requeue_preempted = requeue_preempted
+        self._is_speculating = num_speculative_tokens > 0
         self._budget: list[int] = []  # tokens left, by rank
         self._stalled: list[int] = []  # slots that wait in place for a block
         self._scarce_ranks: set[int] = set()
         self._single_slots: Counts = np.empty(0, dtype=np.int64)
+        self._single_sizes = np.empty(0, dtype=np.int32)  # tokens of each, drafts among them
         self._chunks: list[tuple[int, int]] = []  # (slot, number of tokens)
         self._preempted: list[Preempted] = []
         self._admitted: list[Admitted] = []
@@ -61,8 +67,9 @@ class StepPlan:
         self.grow()
         self.take_single_tokens()
         if len(self._single_slots) + len(self._stalled) < table.num_ready or len(self._waiting):
-            used = np.bincount(table.rank_of_slot[self._single_slots], minlength=table.num_ranks)
-            self._budget = (self._max_num_batched_tokens - used).tolist()
+            ranks = table.rank_of_slot[self._single_slots]
+            used = np.bincount(ranks, weights=self._single_sizes, minlength=table.num_ranks)
+            self._budget = (self._max_num_batched_tokens - used.astype(np.int64)).tolist()
             self.continue_prefills()
             self.admit()
         if not (len(self._single_slots) or self._chunks or self._preempted or self._admitted):
@@ -74,12 +81,9 @@ class StepPlan:
         slots = np.flatnonzero(table.ready & (table.num_tokens > table.capacity))
         if not len(slots):
             return
-        ranks = table.rank_of_slot[slots]
-        bounds = np.flatnonzero(np.diff(ranks, prepend=-1, append=-1))
         block_ids = np.empty(len(slots), dtype=np.int32)
         is_served = np.ones(len(slots), dtype=np.bool_)
-        for start, end in pairwise(bounds.tolist()):
-            pool = self._pools[ranks[start]]
+        for pool, start, end in self._by_rank(slots):
             if pool.num_free >= end - start:
                 block_ids[start:end] = pool.allocate(end - start)
             else:
@@ -98,6 +102,28 @@ class StepPlan:
         is_single = table.ready & (table.num_tokens - table.num_computed == 1)
         is_single[self._stalled] = False
         self._single_slots = np.flatnonzero(is_single)
+        self._single_sizes = np.ones(len(self._single_slots), dtype=np.int32)
+        if self._is_speculating:
+            self.look_ahead()
+
+    def look_ahead(self) -> None:
+        """Add drafts to single rows, and blocks for them while there are any.
+
+        num_tokens slots are there; a draft needs one more, and so does the newest token's row of the MTP module.
+        A request of which the last token comes next needs neither, and none lasts beyond the limit.
+        """
+        table, slots = self._table, self._single_slots
+        num_tokens, room = table.num_tokens[slots], table.total_limit[slots] - table.num_tokens[slots]
+        is_drafted = table.has_draft[slots] & (room >= 2)
+        wanted = num_tokens + is_drafted + (room >= 3)
+        for _ in range(2):  # with blocks of one slot, a row needs two of them
+            short = slots[table.capacity[slots] < wanted]
+            if not len(short):
+                break
+            for pool, start, end in self._by_rank(short):
+                served = short[start : min(end, start + pool.num_free)]
+                table.append_blocks(served, pool.allocate(len(served)))
+        self._single_sizes += is_drafted & (table.capacity[slots] > num_tokens)
 
     def continue_prefills(self) -> None:
         table = self._table
@@ -186,13 +212,19 @@ class StepPlan:
         self._loads.append(load)
         return True
 
+    def _by_rank(self, slots: Counts) -> Iterator[tuple[BlockPool, int, int]]:
+        """Pool and bounds of each rank's part of ascending slots."""
+        ranks = self._table.rank_of_slot[slots]
+        for start, end in pairwise(np.flatnonzero(np.diff(ranks, prepend=-1, append=-1)).tolist()):
+            yield self._pools[ranks[start]], start, end
+
     def _key_of(self, slot: int) -> Key:
         return self._table.job_of(slot).key
 
     def _assemble(self) -> ScheduledBatch:
         table = self._table
         slots = self._single_slots
-        num_scheduled = np.ones(len(slots), dtype=np.int32)
+        num_scheduled = self._single_sizes
         if self._chunks:
             chunk_slots, chunk_sizes = np.array(self._chunks, dtype=np.int64).T
             slots = np.concatenate([slots, chunk_slots])
@@ -202,7 +234,7 @@ class StepPlan:
         ranks = table.rank_of_slot[slots]
         num_computed = table.num_computed[slots]
         if self._chunks:
-            samples = num_computed + num_scheduled == table.num_tokens[slots]
+            samples = num_computed + num_scheduled >= table.num_tokens[slots]
         else:
             samples = np.ones(len(slots), dtype=np.bool_)
         return ScheduledBatch(
@@ -216,4 +248,17 @@ class StepPlan:
             preempted=tuple(self._preempted),
             admitted=tuple(self._admitted),
             loads=tuple(self._loads),
+            drafts=self._drafts(slots, num_computed + num_scheduled, samples) if self._is_speculating else None,
+        )
+
+    def _drafts(self, slots: Counts, ends: NDArray[np.int32], samples: Mask) -> BatchDrafts:
+        """Rows that end beyond the known tokens have a draft. `ends`: computed and scheduled tokens of each row."""
+        table = self._table
+        num_tokens = table.num_tokens[slots]
+        num_drafts = np.maximum(ends - num_tokens, 0)
+        has_room = table.total_limit[slots] - num_tokens >= 3
+        return BatchDrafts(
+            num_drafts=num_drafts,
+            makes_draft=samples & has_room & (table.capacity[slots] > num_tokens + num_drafts),
+            is_behind=~table.has_draft[slots],
         )

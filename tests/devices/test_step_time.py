@@ -84,6 +84,23 @@ def test_mtp_costs_less_than_another_step(supernode: SupernodeSpec, deepseek_r1:
     assert off < on < 1.7 * off  # 1.7 tokens per iteration: otherwise it would not pay
 
 
+def test_mtp_in_prefill_is_one_more_block(supernode: SupernodeSpec, deepseek_r1: ModelConfig) -> None:
+    """One layer beside 61, without overlap of microbatches, and no head: nothing is drafted there."""
+    off, on = (
+        StepTimeModel(deepseek_r1, supernode, role="prefill", represents_ep=32, num_speculative_tokens=k).step(
+            prefill_work(64, 4096)
+        )
+        for k in (0, 1)
+    )
+    assert off.ns / 61 < on.breakdown["mtp"] < 2 * off.ns / 61
+    launch_ns = on.breakdown["launch"] - off.breakdown["launch"]
+    assert on.ns - off.ns == pytest.approx(on.breakdown["mtp"] + launch_ns, abs=2)
+    more_prompts = prefill_work(128, 2048)
+    work = dataclasses.replace(more_prompts, num_context_tokens=prefill_work(64, 4096).num_context_tokens)
+    model = StepTimeModel(deepseek_r1, supernode, role="prefill", represents_ep=32, num_speculative_tokens=1)
+    assert model.step(work).breakdown["mtp"] == pytest.approx(on.breakdown["mtp"], rel=0.01)
+
+
 def test_the_published_deployments(deepseek_r1: ModelConfig) -> None:
     """arXiv 2506.12708, section 5.1: 32 shared + 256 + 32 redundant; 1 shared + 8 + 1 redundant per die."""
     decode = ExpertDeployment.published(deepseek_r1, ep=320, imbalance=1.0)

@@ -74,9 +74,11 @@ class PlainMtp:
             outputs.append(routed * c.routed_scaling_factor + self.mlp(token, "mlp.shared_experts"))
         return torch.stack(outputs)
 
-    def logits(self, next_tokens, hidden):
-        embedded = self.main["model.embed_tokens.weight"][next_tokens]
-        x = self.product(torch.cat([self.norm(embedded, "enorm"), self.norm(hidden, "hnorm")], -1), "eh_proj")
+    def logits(self, tokens, hidden):
+        """After each of `tokens`; `hidden` are the main model's states of the same positions."""
+        embedded = self.main["model.embed_tokens.weight"][tokens]
+        previous = torch.cat([torch.zeros(1, hidden.shape[1]), hidden[:-1]])
+        x = self.product(torch.cat([self.norm(embedded, "enorm"), self.norm(previous, "hnorm")], -1), "eh_proj")
         x = x + self.attention(self.norm(x, "input_layernorm"))
         x = x + self.mixture(self.norm(x, "post_attention_layernorm"))
         return self.norm(x, "shared_head.norm") @ self.main["lm_head.weight"].T
@@ -84,11 +86,11 @@ class PlainMtp:
 
 @pytest.fixture
 def tokens(random_prompt):
-    return random_prompt(LENGTH + 1)
+    return random_prompt(LENGTH)
 
 
-def build(config, directory, world_size):
-    layouts = make_layouts(config, world_size=world_size, max_num_tokens=64)
+def build(config, directory, world_size, attention="data_parallel"):
+    layouts = make_layouts(config, world_size=world_size, attention=attention, max_num_tokens=64)
     ranks = []
     for layout in layouts:
         weights = load_rank_weights(directory, config, layout, with_mtp=True)
@@ -99,18 +101,26 @@ def build(config, directory, world_size):
 
 def draft_logits(ranks, make_step, make_request, tokens, chunks):
     """Logits of the MTP module on rank 0 while the other ranks idle."""
-    main, shifted = (make_request(t, 1, blocks=[5, 1, 7, 2, 9, 4]) for t in (tokens[:LENGTH], tokens[1:]))
+    request = make_request(tokens, 1, blocks=[5, 1, 7, 2, 9, 4])
     idle = make_step([], [])
-    collected = []
+    collected, last = [], torch.zeros(1, 64)
     for count in chunks:
-        step, ahead = make_step([main], [count]), make_step([shifted], [count])
+        step = make_step([request], [count])
         states = run_lockstep([m.hidden_states(step if r == 0 else idle) for r, (m, _) in enumerate(ranks)])
-        outputs = run_lockstep(
-            [mtp.forward(ahead if r == 0 else idle, states[r][0]) for r, (_, mtp) in enumerate(ranks)]
-        )
+        shifted = [torch.cat([last, states[0][0]])[:-1], *(state for state, _ in states[1:])]
+        last = states[0][0][-1:]
+        outputs = run_lockstep([mtp.forward(step if r == 0 else idle, shifted[r]) for r, (_, mtp) in enumerate(ranks)])
         collected.append(ranks[0][1].logits(outputs[0]))
-        main.num_computed = shifted.num_computed = main.num_computed + count
+        request.num_computed += count
     return torch.cat(collected)
+
+
+def plain_logits(config, directory, make_step, make_request, tokens):
+    """The module written out, on the hidden states of one rank."""
+    (main,) = build(config, directory, 1)
+    step = make_step([make_request(tokens, 1, blocks=list(range(6)))], [LENGTH])
+    ((hidden, _),) = run_lockstep([main[0].hidden_states(step)])
+    return PlainMtp(config, load_file(directory / "model.safetensors")).logits(torch.tensor(tokens), hidden)
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
@@ -119,13 +129,23 @@ def test_the_module_equals_its_mathematics_written_out(
     world_size, chunks, tokens, base_config, checkpoint_of, make_step, make_request
 ):
     directory = checkpoint_of(base_config)
-    ranks = build(base_config, directory, world_size)
-    logits = draft_logits(ranks, make_step, make_request, tokens, chunks)
-    (main,) = build(base_config, directory, 1)
-    step = make_step([make_request(tokens[:LENGTH], 1, blocks=list(range(6)))], [LENGTH])
-    ((hidden, _),) = run_lockstep([main[0].hidden_states(step)])
-    plain = PlainMtp(base_config, load_file(directory / "model.safetensors"))
-    torch.testing.assert_close(logits, plain.logits(torch.tensor(tokens[1:]), hidden), rtol=0, atol=2e-4)
+    logits = draft_logits(build(base_config, directory, world_size), make_step, make_request, tokens, chunks)
+    expected = plain_logits(base_config, directory, make_step, make_request, tokens)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_that_split_the_sequence_equal_the_module_on_one(
+    world_size, tokens, base_config, checkpoint_of, make_step, make_request
+):
+    directory = checkpoint_of(base_config)
+    ranks = build(base_config, directory, world_size, attention="sequence_tensor")
+    step = make_step([make_request(tokens, 1, blocks=[5, 1, 7, 2, 9, 4])], [LENGTH])
+    states = [hidden for hidden, _ in run_lockstep([main.hidden_states(step) for main, _ in ranks])]
+    shifted = torch.cat([torch.zeros(1, 64), *states])[:-1].split([len(state) for state in states])
+    outputs = run_lockstep([mtp.forward(step, rows) for (_, mtp), rows in zip(ranks, shifted, strict=True)])
+    expected = plain_logits(base_config, directory, make_step, make_request, tokens)
+    torch.testing.assert_close(ranks[0][1].logits(torch.cat(outputs)), expected, rtol=0, atol=2e-4)
 
 
 def test_drafting_leaves_the_main_models_cache_alone(base_config, checkpoint_of, make_step, make_request, tokens):
@@ -133,7 +153,7 @@ def test_drafting_leaves_the_main_models_cache_alone(base_config, checkpoint_of,
     draft_logits([main], make_step, make_request, tokens, [LENGTH])
     with_draft = main[0].cache.read_blocks(range(16))
     (fresh,) = build(base_config, checkpoint_of(base_config), 1)
-    step = make_step([make_request(tokens[:LENGTH], 1, blocks=[5, 1, 7, 2, 9, 4])], [LENGTH])
+    step = make_step([make_request(tokens, 1, blocks=[5, 1, 7, 2, 9, 4])], [LENGTH])
     run_lockstep([fresh[0].hidden_states(step)])
     without = fresh[0].cache.read_blocks(range(16))
     assert (with_draft[:3] == without[:3]).all()

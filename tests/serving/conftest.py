@@ -54,6 +54,7 @@ SMALL_MODEL = {
     "first_k_dense_replace": 1,
     "norm_topk_prob": True,
     "max_position_embeddings": 512,
+    "num_nextn_predict_layers": 1,
 }
 INSTANCE = {"npus": 2, "dies_per_npu": 1, "num_blocks": 64, "max_num_batched_tokens": 64, "max_num_seqs": 8}
 REPRESENTS = {"ep": 320, "num_redundant_experts": 32, "num_shared_expert_copies": 32}
@@ -96,9 +97,8 @@ def make_config(config_folder: Path) -> MakeConfig:
     def make(name: str, *overrides: str) -> RunConfig:
         if (config_folder / f"{name}.yaml").exists():
             return load_config(str(config_folder / f"{name}.yaml"), overrides)
-        return load_config(
-            name, (f"model.config={config_folder / 'small.yaml'}", "model.max_model_len=256", *overrides)
-        )
+        plain = ("model.max_model_len=256", "speculative.num_speculative_tokens=0")
+        return load_config(name, (f"model.config={config_folder / 'small.yaml'}", *plain, *overrides))
 
     return make
 

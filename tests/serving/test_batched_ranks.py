@@ -1,5 +1,7 @@
 """Ranks merged into one batch: the same requests, apart again afterwards."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from model.config import ModelConfig
 from model.layout import make_layouts
-from model.step import SamplingBatch, StepInput, StepOutput, TokenLogprobs
+from model.step import DraftingBatch, DraftOutput, SamplingBatch, StepInput, StepOutput, TokenLogprobs
 from serving.batched_ranks import merge_steps, merged_layout, share_output, split_output
 from serving.config_file import load_config
 
@@ -99,3 +101,51 @@ def test_ranks_that_do_not_divide_their_instance_are_refused(ranks):
     layouts = make_layouts(shape(), world_size=4, max_num_tokens=8)
     with pytest.raises(ValueError, match="do not divide 4 ranks"):
         merged_layout(layouts[ranks])
+
+
+def drafting_step(num_seqs: int, *, carried: list[int], seed: int) -> StepInput:
+    """A step of single rows, of which some have a hidden state carried to them."""
+    plain = step([1] * num_seqs, [True] * num_seqs, seed)
+    rng = np.random.default_rng(seed)
+    drafting = DraftingBatch(
+        num_drafts=np.zeros(num_seqs),
+        is_behind=np.arange(num_seqs) % 2,
+        makes_draft=np.ones(num_seqs),
+        eos_position=rng.integers(0, 9, num_seqs),
+        carried_ids=np.array(carried),
+        carried=rng.random((len(carried), 8)),
+    )
+    return dataclasses.replace(plain, drafting=drafting)
+
+
+def test_what_the_mtp_module_needs_is_merged_and_what_it_gives_is_split():
+    steps = [
+        drafting_step(2, carried=[1], seed=0),
+        StepInput.idle(DraftingBatch.idle(8)),
+        drafting_step(3, carried=[0, 2], seed=1),
+    ]
+    merged = merge_steps(steps, num_blocks=NUM_BLOCKS).drafting
+    assert merged.carried_ids.tolist() == [1, 2, 4]
+    assert merged.carried.tolist() == [row for s in steps for row in s.drafting.carried.tolist()]
+    assert merged.is_behind.tolist() == [False, True, False, True, False]
+    output = StepOutput(
+        sample_ids=np.arange(5, dtype=np.int32),
+        token_ids=np.arange(5),
+        logprobs=(None,) * 5,
+        expert_counts=np.zeros((1, 1), np.int64),
+        drafts=DraftOutput(
+            draft_ids=np.array([0, 3, 4], np.int32),
+            token_ids=np.array([70, 73, 74]),
+            hidden_ids=np.array([1, 2], np.int32),
+            hidden=np.array([[1.0] * 8, [2.0] * 8], np.float32),
+        ),
+    )
+    first, idle, last = (part.drafts for part in split_output(output, steps))
+    assert (first.draft_ids.tolist(), first.token_ids.tolist()) == ([0], [70])
+    assert (first.hidden_ids.tolist(), first.hidden[:, 0].tolist()) == ([1], [1.0])
+    assert (idle.draft_ids.tolist(), idle.hidden.shape) == ([], (0, 8))
+    assert (last.draft_ids.tolist(), last.token_ids.tolist()) == ([1, 2], [73, 74])
+    assert (last.hidden_ids.tolist(), last.hidden[:, 0].tolist()) == ([0], [2.0])
+    whole, rest = (part.drafts for part in share_output(output, 2))
+    assert (len(whole.draft_ids), len(rest.draft_ids), rest.hidden.shape) == (3, 0, (0, 8))
+    assert merge_steps([steps[1], steps[1]], num_blocks=NUM_BLOCKS).drafting is not None

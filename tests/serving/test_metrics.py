@@ -108,7 +108,12 @@ def test_a_step(metrics):
     assert value(metrics, "supernode:step_seconds_count", clock="wall", **DECODE) == 2
     assert value(metrics, "supernode:npu_busy_seconds_total", **DECODE) == pytest.approx(0.2)
     assert value(metrics, "vllm:num_preemptions_total", **DECODE) == 1
-    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_total", **DECODE) == 2
+    counts = {
+        name: value(metrics, f"vllm:spec_decode_num_{name}_total", **DECODE)
+        for name in ("drafts", "draft_tokens", "accepted_tokens")
+    }
+    assert counts == {"drafts": 3, "draft_tokens": 3, "accepted_tokens": 2}
+    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_per_pos_total", position="0", **DECODE) == 2
 
 
 def test_a_prefill_by_source(metrics):

@@ -39,11 +39,11 @@ def logprob(value):
 @pytest.mark.asyncio
 async def test_a_slow_reader_gets_all_tokens_since_its_last_call_in_one_delta(ends):
     stream = ends.stream
-    stream.push((5,), logprob(-0.5))
-    stream.push((6,), logprob(-0.6))
+    stream.push((5,), (logprob(-0.5),))
+    stream.push((6,), (logprob(-0.6),))
     first = await anext(stream)
     assert (first.token_ids, first.logprobs, first.finish_reason) == ((5, 6), (logprob(-0.5), logprob(-0.6)), None)
-    stream.push((7,), logprob(-0.7))
+    stream.push((7,), (logprob(-0.7),))
     stream.close("stop", stop_reason=7, times=TIMES, error=None)
     last = await anext(stream)
     assert (last.token_ids, last.logprobs) == ((7,), (logprob(-0.7),))

@@ -58,14 +58,16 @@ class Exchange:
 class Endpoint:
     """An OpenAI-compatible endpoint on a free port whose completions are given by `script`."""
 
-    def __init__(self, script, *, models=("mini",), not_ready=0):
+    def __init__(self, script, *, models=("mini",), not_ready=0, metrics=None):
         self.script, self.models, self.not_ready = script, models, not_ready
+        self.metrics = metrics  # a function that gives the exposition
         self.bodies, self.headers, self.order = {}, {}, []
         self.in_flight = self.max_in_flight = self.num_disconnects = 0
 
     async def __aenter__(self):
         app = web.Application()
         app.router.add_get("/v1/models", self._list_models)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/chat/completions", self._complete)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1.0)
@@ -94,6 +96,9 @@ class Endpoint:
         if isinstance(self.models, int):
             return web.json_response({"error": {"message": "no"}}, status=self.models)
         return web.json_response({"object": "list", "data": [{"id": name} for name in self.models]})
+
+    async def _metrics(self, request):
+        return web.Response(status=404) if self.metrics is None else web.Response(text=self.metrics())
 
     async def _complete(self, request):
         exchange = Exchange(request, await request.json())

@@ -148,3 +148,28 @@ async def test_events_may_be_cut_anywhere_and_carry_comments(measure, tokens):
 
     result, _ = await measure(script, tokens(1))
     assert (only(result).outcome, only(result).reason) == ("finished", "stop")
+
+
+@pytest.mark.asyncio
+async def test_drafts_are_counted_from_the_endpoints_metrics(serve, answer, tokens):
+    """Before and after: what warm-ups and others have drafted is not the run's."""
+
+    def exposition():
+        drafts = 100 + 2 * len(endpoint.order)
+        counts = {"drafts": drafts, "draft_tokens": drafts, "accepted_tokens": len(endpoint.order)}
+        return "".join(f'vllm:spec_decode_num_{name}_total{{engine="0"}} {n}\n' for name, n in counts.items())
+
+    async with serve(answer, metrics=exposition) as endpoint:
+        result = await run_bench(endpoint.config(num_warmups=3), tokens(4))
+    assert (result.spec_decode.num_drafts, result.spec_decode.num_accepted_tokens) == (8, 4)
+    assert "Acceptance length:                       1.50" in format_table(result)
+    assert to_json(result)["spec_decode_num_drafts"] == 8
+
+
+@pytest.mark.asyncio
+async def test_an_endpoint_without_such_metrics_is_measured_all_the_same(serve, answer, tokens):
+    for metrics in (None, lambda: "vllm:num_requests_running 0\n", lambda: "no exposition"):
+        async with serve(answer, metrics=metrics) as endpoint:
+            result = await run_bench(endpoint.config(), tokens(1))
+        assert result.spec_decode is None
+        assert result.exit_code == 0

@@ -17,7 +17,7 @@ BLOCK_SIZE = 2
 NUM_RANKS = 2
 NUM_BLOCKS = 8
 MAX_NUM_SEQS = 3
-BUDGET = 4
+BUDGET = 4  # with drafts, 2 * MAX_NUM_SEQS
 MAX_MODEL_LEN = 18
 
 WAITING, NOT_READY, RUNNING, HELD, ABORTING = "waiting", "not ready", "running", "held", "aborting"
@@ -33,21 +33,29 @@ class Model:
         self.limit = limit
         self.key = (priority, order)
         self.computed = 0
+        self.has_draft = False
         self.state = WAITING
 
 
 class BatchSchedulerMachine(RuleBasedStateMachine):
-    @initialize(preempt_to=st.sampled_from(["self", "caller"]), policy=st.sampled_from(["fcfs", "priority"]))
-    def start(self, preempt_to, policy):
+    @initialize(
+        preempt_to=st.sampled_from(["self", "caller"]),
+        policy=st.sampled_from(["fcfs", "priority"]),
+        num_speculative_tokens=st.sampled_from([0, 1]),
+    )
+    def start(self, preempt_to, policy, num_speculative_tokens):
         self.preempt_to = preempt_to
+        self.is_speculating = num_speculative_tokens > 0
+        self.budget = max(BUDGET, 2 * MAX_NUM_SEQS * num_speculative_tokens)
         self.policy = policy
         self.scheduler = BatchScheduler(
             num_ranks=NUM_RANKS,
             num_blocks=NUM_BLOCKS,
             block_size=BLOCK_SIZE,
             max_num_seqs=MAX_NUM_SEQS,
-            max_num_batched_tokens=BUDGET,
+            max_num_batched_tokens=self.budget,
             max_model_len=MAX_MODEL_LEN,
+            num_speculative_tokens=num_speculative_tokens,
             policy=policy,
             preempt_to=preempt_to,
         )
@@ -77,6 +85,13 @@ class BatchSchedulerMachine(RuleBasedStateMachine):
         for i in range(start, end):
             place = (request.rank, table[i // BLOCK_SIZE], i % BLOCK_SIZE)
             self.cache[place] = tuple(request.tokens[: i + 1])
+
+    def write_held(self, request, position):
+        """The accepted draft's slot, also of a request that has just ended."""
+        table = self.scheduler.block_table(request.request_id).tolist()
+        place = (request.rank, table[position // BLOCK_SIZE], position % BLOCK_SIZE)
+        assert self.cache[place] == "draft"
+        self.cache[place] = tuple(request.tokens[: position + 1])
 
     def check_context(self, request):
         table = self.scheduler.block_table(request.request_id).tolist()
@@ -174,6 +189,7 @@ class BatchSchedulerMachine(RuleBasedStateMachine):
             assert request.key == max(ready_keys)
             assert len(ready_keys) > 1
             request.computed = 0
+            request.has_draft = False
             request.state = WAITING
             if self.preempt_to == "caller":
                 del self.requests[preempted.request_id]
@@ -200,7 +216,7 @@ class BatchSchedulerMachine(RuleBasedStateMachine):
 
     def check_rows(self, batch):
         assert batch.ranks.tolist() == sorted(batch.ranks.tolist())
-        assert (batch.sums_by_rank(batch.num_scheduled_tokens)[0] <= BUDGET).all()
+        assert (batch.sums_by_rank(batch.num_scheduled_tokens)[0] <= self.budget).all()
         assert len(set(batch.request_ids.tolist())) == batch.num_rows
         rows = zip(
             batch.request_ids.tolist(),
@@ -210,8 +226,11 @@ class BatchSchedulerMachine(RuleBasedStateMachine):
             batch.samples.tolist(),
             strict=True,
         )
-        for request_id, rank, computed, scheduled, samples in rows:
+        assert (batch.drafts is not None) == self.is_speculating
+        for row, (request_id, rank, computed, scheduled, samples) in enumerate(rows):
             request = self.requests[request_id]
+            if self.is_speculating:
+                scheduled -= self.check_drafts(batch, row, request)
             assert (request.state, request.rank, request.computed) == (RUNNING, rank, computed)
             assert 1 <= scheduled <= len(request.tokens) - computed
             assert samples == (computed + scheduled == len(request.tokens))
@@ -221,30 +240,55 @@ class BatchSchedulerMachine(RuleBasedStateMachine):
             if len(ready) > 1:
                 assert rank in batch.ranks
 
+    def check_drafts(self, batch, row, request):
+        """Drafts and lookahead stay within the request's blocks and its limit; the number of drafts."""
+        num_drafts = int(batch.drafts.num_drafts[row])
+        num_slots = len(self.scheduler.block_table(request.request_id)) * BLOCK_SIZE
+        num_tokens = len(request.tokens)
+        assert batch.drafts.is_behind[row] != request.has_draft
+        if num_drafts:
+            assert request.has_draft
+            assert num_drafts == 1
+            assert num_tokens < num_slots
+            assert num_tokens + 2 <= request.limit
+        if batch.drafts.makes_draft[row]:
+            assert batch.samples[row]
+            assert num_tokens + num_drafts < num_slots
+            assert num_tokens + 3 <= request.limit
+        assert num_slots < request.limit + BLOCK_SIZE
+        return num_drafts
+
     @precondition(lambda self: self.batch is not None)
     @rule(data=st.data())
     def update(self, data):
         num_rows = self.batch.num_rows
         flags = st.lists(st.sampled_from([False] * 4 + [True]), min_size=num_rows, max_size=num_rows)
-        self.finish_step(np.array(data.draw(flags)))
+        accepted = st.lists(st.booleans(), min_size=num_rows, max_size=num_rows)
+        self.finish_step(np.array(data.draw(flags)), data.draw(accepted))
 
-    @rule(num_steps=st.integers(2, 6))
-    def run(self, num_steps):
+    @rule(num_steps=st.integers(2, 6), accepted=st.booleans())
+    def run(self, num_steps, accepted):
         """Several steps on end, so that requests grow old enough to be short of blocks."""
         for _ in range(num_steps):
             if self.batch is None:
                 self.schedule()
             if self.batch is not None:
-                self.finish_step(np.zeros(self.batch.num_rows, dtype=bool))
+                self.finish_step(np.zeros(self.batch.num_rows, dtype=bool), [accepted] * self.batch.num_rows)
             self.agrees_with_the_model()
 
-    def finish_step(self, stop_mask):
+    def finish_step(self, stop_mask, accepted):
         batch, self.batch = self.batch, None
-        for request_id, scheduled in zip(batch.request_ids, batch.num_scheduled_tokens.tolist(), strict=True):
+        num_drafts = np.zeros(batch.num_rows, np.int64) if batch.drafts is None else batch.drafts.num_drafts
+        num_accepted = num_drafts * np.array(accepted)
+        for row, request_id in enumerate(batch.request_ids.tolist()):
             request = self.requests[request_id]
-            self.write(request, request.computed, request.computed + scheduled)
-            request.computed += scheduled
-        result = self.scheduler.update(batch, stop_mask)
+            end = request.computed + int(batch.num_scheduled_tokens[row] - num_drafts[row])
+            if num_drafts[row]:  # what is written may be wrong, and is not to be read then
+                table = self.scheduler.block_table(request_id).tolist()
+                self.cache[request.rank, table[end // BLOCK_SIZE], end % BLOCK_SIZE] = "draft"
+            self.write(request, request.computed, end)
+            request.computed = end
+        result = self.scheduler.update(batch, stop_mask, num_accepted if self.is_speculating else None)
         assert sorted(result.aborted) == self.with_state(ABORTING)
         for request_id in result.aborted:
             del self.requests[request_id]
@@ -254,7 +298,12 @@ class BatchSchedulerMachine(RuleBasedStateMachine):
             if request is None or not batch.samples[row]:
                 continue
             expected_rows.append(row)
-            request.tokens.append(9000 + request.key[1] * 50 + len(request.tokens))
+            for _ in range(1 + num_accepted[row]):
+                request.tokens.append(9000 + request.key[1] * 50 + len(request.tokens))
+            if num_accepted[row]:
+                self.write_held(request, request.computed)
+                request.computed += 1
+            request.has_draft = self.is_speculating and bool(batch.drafts.makes_draft[row])
             if stop_mask[row] or len(request.tokens) == request.limit:
                 expected_finished.append(request_id)
                 request.state = HELD

@@ -1,0 +1,65 @@
+"""What a step costs: from a scheduled batch to the time model's units of work.
+
+Owns: how rows become tokens, context and samples per rank.
+Must not know: operators, seconds (devices/pipeline.py), clocks.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from devices.pipeline import DEFAULT_IMBALANCE, StepTime, StepTimeModel, StepWork
+from devices.rates import ExpertDeployment
+from serving.config import Role, RunConfig
+from serving.core.scheduled_batch import ScheduledBatch
+
+
+def step_charge(config: RunConfig, role: Role) -> Callable[[ScheduledBatch], StepTime]:
+    """The time of a step of one instance of `role`."""
+    charged = config.charged_instance(role)
+    model = StepTimeModel(
+        config.charged_shape,
+        config.hardware,
+        role=role,
+        represents_ep=charged.ep,
+        microbatch=config.timing.microbatch,
+        num_speculative_tokens=config.speculative.num_speculative_tokens,
+        deployment=ExpertDeployment(
+            ep=charged.ep,
+            num_router_slots=config.charged_shape.n_routed_experts + charged.num_redundant_experts,
+            num_shared_slots=charged.num_shared_expert_copies,
+            imbalance=DEFAULT_IMBALANCE[role] if charged.ep > 1 else 1.0,
+        ),
+    )
+    world_size = config.world_size(role)
+
+    def charge(batch: ScheduledBatch) -> StepTime:
+        scheduled = batch.num_scheduled_tokens.astype(np.int64)
+        end = batch.num_computed_tokens + scheduled
+        # Query token i of a row attends to the tokens before it in the row's context, and to itself.
+        context = scheduled * batch.num_computed_tokens + scheduled * (scheduled + 1) // 2
+        if role == "prefill":
+            return model.step(
+                StepWork.split_sequence(
+                    world_size,
+                    num_tokens=int(scheduled.sum()),
+                    num_context_tokens=int(context.sum()),
+                    num_kv_tokens=int(end.sum()),
+                    num_seqs=batch.num_rows,
+                    num_samples=int(batch.num_samples.sum()),
+                )
+            )
+        num_tokens, num_context_tokens, num_kv_tokens, num_samples = batch.sums_by_rank(
+            scheduled, context, end, batch.num_samples
+        )
+        return model.step(
+            StepWork(
+                num_tokens=num_tokens,
+                num_context_tokens=num_context_tokens,
+                num_kv_tokens=num_kv_tokens,
+                num_seqs=batch.rank_starts[1:] - batch.rank_starts[:-1],
+                num_samples=num_samples,
+            )
+        )
+
+    return charge
