@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.tasks.generator import KINDS
 from model.tokenizer import Tokenizer
 from model.training.network import Network, initial_weights
 from model.training.optimizer import Optimizer
@@ -86,7 +87,13 @@ class Trainer:
         """Everything of one shard that is summed: gradients, losses, token count, experts' counts."""
         s = self._settings
         batch = draw_batch(
-            s.seed, self.step, shard, self._tokenizer, num_tokens=s.tokens_per_shard, max_tokens=s.max_sample_tokens
+            s.seed,
+            self.step,
+            shard,
+            self._tokenizer,
+            num_tokens=s.tokens_per_shard,
+            max_tokens=s.max_sample_tokens,
+            kinds=s.kinds(self.step, tuple(KINDS)),
         )
         with torch.autocast("cpu", torch.bfloat16):
             losses = self.network.losses(batch)
