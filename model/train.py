@@ -86,6 +86,8 @@ def _train(output: Path, config: ModelConfig, settings: TrainingSettings, proces
 
         def show(report: object) -> None:
             if isinstance(report, StepReport):
+                if bar.n == 0:
+                    bar.initial = bar.n = report.step  # of a run that goes on
                 bar.update(report.step + 1 - bar.n)
                 bar.set_postfix(loss=f"{report.loss:.4f}", mtp=f"{report.mtp_loss:.4f}", load=f"{report.max_load:.2f}")
             elif isinstance(report, Accuracy):

@@ -29,14 +29,23 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """What is computed: the shape of the live model and where its weights come from."""
+    """What is computed: the live model, and where its weights come from.
 
-    config: str
-    checkpoint: str = "random"  # "random", or a directory in the hub's layout
+    `checkpoint` is a directory in the hub's layout, the name of a shipped one, or "random": weights of the shape
+    `config`, from the seed.
+    """
+
+    config: str = "model/mini-r1.yaml"  # not read with a checkpoint, which brings its own config.json
+    checkpoint: str = "mini-r1"
     served_model_name: str = "mini-r1"
     max_model_len: PositiveInt = 1024
     dispatch_dtype: Literal["float32", "int8"] = "float32"
     quantization: Literal["int8"] | None = None  # of the checkpoint; None: whatever it says of itself
+
+    @property
+    def shape_source(self) -> str:
+        """The file that the shape of the weights comes from."""
+        return self.config if self.checkpoint == "random" else f"{self.checkpoint}/config.json"
 
 
 class RepresentedInstance(Section):

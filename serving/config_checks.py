@@ -18,7 +18,7 @@ def check_parts(config: "RunConfig") -> None:
     if config.model.max_model_len > config.shape.max_position_embeddings:
         raise ConfigError(
             f"model.max_model_len: {config.model.max_model_len} exceeds max_position_embeddings "
-            f"{config.shape.max_position_embeddings} of {config.model.config}"
+            f"{config.shape.max_position_embeddings} of {config.model.shape_source}"
         )
     for role, section in config.instances.items():
         if config.dies_per_npu(role) > num_dies:
@@ -30,7 +30,7 @@ def check_parts(config: "RunConfig") -> None:
         if section.shared_expert == "dispatched" and shape.n_shared_experts != 1:
             raise ConfigError(
                 f"instances.{role}.shared_expert: dispatched needs n_shared_experts 1, "
-                f"{config.model.config} has {shape.n_shared_experts}"
+                f"{config.model.shape_source} has {shape.n_shared_experts}"
             )
         if slots % world:
             raise ConfigError(

@@ -41,15 +41,14 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
             _apply_override(data, override)
         if name_or_path.endswith((".yaml", ".yml")):
             _resolve_parts(data, Path(name_or_path).parent)
-        config = RunConfig.model_validate(data)
+        config = RunConfig.model_validate(_with_shipped_checkpoint(data))
         config = config.attach(
             Parts(
-                shape=_parse_part(config.model.config, ModelConfig.from_dict),
+                shape=_model_shape(config),
                 charged_shape=_parse_part(config.timing.model, ModelConfig.from_dict),
                 hardware=_parse_part(config.timing.hardware, SupernodeSpec.from_dict),
             )
         )
-        _check_checkpoint(config)
         check_plan(config)
         return config
     except ValidationError as error:
@@ -58,25 +57,44 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{name_or_path}: {error}") from None
 
 
-def _check_checkpoint(config: RunConfig) -> None:
-    """The directory is there, and what its config.json says of quantization is what this one asks for."""
+def shipped_checkpoints() -> dict[str, Path]:
+    """Directories of the checkpoints that come with the package, by name."""
+    folder = Path(str(resources.files("model").joinpath("checkpoints")))
+    return {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()} if folder.is_dir() else {}
+
+
+def _with_shipped_checkpoint(data: dict[str, Any]) -> dict[str, Any]:
+    """`data` with the directory in place of a shipped checkpoint's name; a directory of that name comes first."""
+    model = data.get("model")
+    name = model.get("checkpoint") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(name, str) or Path(name).is_dir():
+        return data
+    found = shipped_checkpoints().get(name)
+    return data if found is None else {**data, "model": {**model, "checkpoint": str(found)}}
+
+
+def _model_shape(config: RunConfig) -> ModelConfig:
+    """The shape of the weights: a checkpoint brings its own, random weights are made to `model.config`.
+
+    Also checks that the checkpoint is there and that it is quantized as `model.quantization` asks.
+    """
     directory, wanted = config.model.checkpoint, config.model.quantization
     if directory == "random":
         if wanted is not None:
             raise ConfigError(f"model.quantization: {wanted}, but model.checkpoint random makes float32 weights")
-        return
+        return _parse_part(config.model.config, ModelConfig.from_dict)
     if not Path(directory).is_dir():
-        raise ConfigError(f"model.checkpoint: {directory!r} is not a directory, nor 'random'")
-    if wanted is None and not (Path(directory) / "config.json").is_file():
-        return  # a reader of the weights will tell what is missing
+        shipped = ", ".join(shipped_checkpoints())
+        raise ConfigError(f"model.checkpoint: {directory!r} is not a directory, nor 'random', nor shipped ({shipped})")
     try:
-        _, found = read_config(directory)
+        shape, found = read_config(directory)
     except ModelConfigError as error:
         raise ConfigError(f"model.checkpoint: {error}") from None
     if wanted is not None and found is None:
         raise ConfigError(
             f"model.quantization: {wanted}, but {Path(directory) / 'config.json'} has no quantization_config"
         )
+    return shape
 
 
 def load_part(path: str) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def format_plan(config: RunConfig) -> str:
     lines = []
     computed, charged_shape = config.shape, config.charged_shape
     lines.append(
-        f"computed  {config.model.config}: {work.parameter_counts(computed).total / 1e6:.1f} M parameters, "
+        f"computed  {config.model.shape_source}: {work.parameter_counts(computed).total / 1e6:.1f} M parameters, "
         f"{computed.num_hidden_layers} layers, {computed.n_routed_experts} routed experts, "
         f"top {computed.num_experts_per_tok}"
     )

@@ -38,14 +38,22 @@ def checkpoint_directory(config: RunConfig, session: Session) -> Path:
         if not any((directory / name).is_file() for name in names):
             raise ConfigError(f"model.checkpoint: {directory} has no {' nor '.join(names)}")
     try:
-        vocab_size = Tokenizer.from_file(directory / "tokenizer.json").vocab_size
+        tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     except TokenizerError as error:
         raise ConfigError(f"model.checkpoint: {error}") from None
+    vocab_size = tokenizer.vocab_size
     if vocab_size > config.shape.vocab_size:
         raise ConfigError(
             f"model.checkpoint: {directory / 'tokenizer.json'} has {vocab_size} tokens, "
-            f"vocab_size of {config.model.config} is {config.shape.vocab_size}"
+            f"vocab_size of {config.model.shape_source} is {config.shape.vocab_size}"
         )
+    for name, token_id in ids.items():
+        if token_id != getattr(config.shape, name):
+            raise ConfigError(
+                f"model.checkpoint: {directory / 'tokenizer.json'} has {name} {token_id}, "
+                f"{config.model.shape_source} says {getattr(config.shape, name)}"
+            )
     try:
         check_checkpoint(directory, config.shape)
     except WeightsError as error:
