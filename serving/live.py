@@ -6,6 +6,7 @@ Must not know: how devices start (serving/ray_devices.py), what runs in the even
 
 import asyncio
 import dataclasses
+import functools
 import math
 import socket
 import sys
@@ -14,9 +15,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from devices.clock import ScaledClock, VirtualClock, run
+from serving.bench import run_bench
 from serving.bench_config import BenchConfig
-from serving.bench_process import run_bench_in_process
 from serving.build import host_plans
+from serving.client_process import run_in_process
 from serving.config import RunConfig
 from serving.interrupts import Interrupts
 from serving.ray_devices import RayDevices, checkpoint_directory
@@ -149,7 +151,7 @@ def run_once(
         async def measure(system: System) -> None:
             print(f"serving on {live.url}", file=sys.stderr, flush=True)
             nonlocal bench
-            bench = await run_bench_in_process(bench_config(config, live.url), workload)
+            bench = await run_in_process(functools.partial(run_bench, bench_config(config, live.url), workload))
             figures.update(cluster_figures(system.cluster))
             if live.devices is not None:
                 figures.update(await live.devices.step_figures())
