@@ -17,6 +17,7 @@ import typer
 from serving.cli_options import Json, Overrides, Ray
 from serving.errors import ConfigError, ServingError
 from serving.evaluation.command import evaluate
+from serving.expert_load_command import expert_load
 
 if TYPE_CHECKING:
     from serving.report import BenchResult
@@ -227,6 +228,7 @@ def bench(
 
 
 app.command("eval")(evaluate)
+app.command("expert-load")(expert_load)
 
 
 @app.command()

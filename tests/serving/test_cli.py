@@ -9,7 +9,7 @@ import pytest
 
 from serving import cli
 
-VERBS = ("bench", "check", "eval", "presets", "replay", "run", "serve", "simulate")
+VERBS = ("bench", "check", "eval", "expert-load", "presets", "replay", "run", "serve", "simulate")
 
 
 @pytest.fixture
