@@ -105,7 +105,10 @@ def _main(connection: Connection, work: Work[Result]) -> None:
         for number in SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        return await work(stop=stop)
+        try:
+            return await work(stop=stop)
+        finally:  # a second signal would come while the loop takes its handlers down
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     reply: tuple[tuple[Result, ...], str | None]
     try:

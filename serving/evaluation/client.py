@@ -10,6 +10,7 @@ import asyncio
 import json
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,10 +123,20 @@ async def _ask_all(
     answers: dict[int, Answer],
     bar: Progress,
 ) -> None:
-    rest = iter(enumerate(questions))
+    rest = iter(_interleaved(questions))
     async with asyncio.TaskGroup() as group:
         for _ in range(settings.concurrency):
             group.create_task(_work(client, settings, rest, answers, bar))
+
+
+def _interleaved(questions: Sequence[Question]) -> list[tuple[int, Question]]:
+    """Indices and questions, groups by turns: an interrupted evaluation has some answers of each."""
+    num_before: Counter[str] = Counter()
+    turns = []
+    for index, question in enumerate(questions):
+        turns.append((num_before[question.group], index, question))
+        num_before[question.group] += 1
+    return [(index, question) for _, index, question in sorted(turns, key=lambda turn: turn[:2])]
 
 
 async def _work(
