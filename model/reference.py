@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from model.collectives import run_lockstep
 from model.config import ModelConfig
@@ -69,6 +70,14 @@ class ReferenceModel:
             if sampling.stop_at_eos and tokens[-1] == self._config.eos_token_id:
                 break
         return Generation(token_ids=tokens[len(prompt) :], logprobs=logprobs)
+
+    def expert_counts(self, token_ids: Sequence[int]) -> NDArray[np.int64]:
+        """How many of these tokens chose each expert, (num_moe_layers, n_routed_experts), in one prefill step."""
+        num_blocks = -(-len(token_ids) // _BLOCK_SIZE)
+        cache = LatentCache(self._config, num_blocks, _BLOCK_SIZE)
+        model = Transformer(self._config, self._layout, self._weights, cache)
+        (output,) = run_lockstep([model.forward(_step(list(token_ids), 0, num_blocks, 0, Sampling()))])
+        return output.expert_counts
 
 
 def generate(

@@ -10,22 +10,21 @@ Runs on an ordinary event loop, in wall time: not on the loop of a server whose 
 """
 
 import asyncio
+import functools
 import itertools
 import logging
 import math
-import signal
 import sys
 import time
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
-from tqdm import tqdm
-
 from serving.arrivals import generator_for
 from serving.bench_client import BenchClient, RenderText
 from serving.bench_config import BenchConfig
 from serving.bench_stream import StreamRecorder
+from serving.client_process import Progress, run_until_interrupt
 from serving.errors import ConfigError
 from serving.records import RequestRecord
 from serving.report import BenchResult, RunInfo, needed_percentiles
@@ -68,21 +67,7 @@ def run_bench_until_interrupt(
 ) -> BenchResult:
     """`run_bench` in a loop of its own; the first Ctrl-C ends the measurement, a second one raises as usual."""
 
-    async def main() -> BenchResult:
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def interrupt() -> None:
-            stop.set()
-            loop.remove_signal_handler(signal.SIGINT)
-
-        loop.add_signal_handler(signal.SIGINT, interrupt)
-        try:
-            return await run_bench(config, workload, stop=stop, render_text=render_text)
-        finally:
-            loop.remove_signal_handler(signal.SIGINT)
-
-    return asyncio.run(main())
+    return run_until_interrupt(functools.partial(run_bench, config, workload, render_text=render_text))
 
 
 def send_times_ns(config: BenchConfig, workload: Workload) -> list[int] | None:
@@ -95,10 +80,6 @@ def send_times_ns(config: BenchConfig, workload: Workload) -> list[int] | None:
     if arrivals.kind == "inf" and config.max_concurrency is not None:
         return None
     return to_ns(arrivals.times_s(generator_for(config.seed, "arrivals"), len(workload)))
-
-
-class _Progress(tqdm):  # type: ignore[type-arg]  # a run-time class, it takes no parameter
-    monitor_interval = 0  # no thread of its own: it would only redraw a bar that stands still
 
 
 class _Run:
@@ -125,7 +106,7 @@ class _Run:
             await self._warm_up()
             counters = await client.spec_decode_counters()
             disable = self._config.disable_tqdm
-            with _Progress(total=len(self._workload), disable=disable, file=sys.stderr, unit="req") as progress:
+            with Progress(total=len(self._workload), disable=disable, file=sys.stderr, unit="req") as progress:
                 self._started, self._start_ns = datetime.now(), time.perf_counter_ns()
                 try:
                     await self._dispatch(progress)
@@ -133,7 +114,7 @@ class _Run:
                     self._end_ns = time.perf_counter_ns()
             self._spec_decode = stats_between(counters, await client.spec_decode_counters())
 
-    async def _dispatch(self, progress: _Progress) -> None:
+    async def _dispatch(self, progress: Progress) -> None:
         async with asyncio.TaskGroup() as group:
             for index, request in enumerate(self._workload.requests):
                 body = self._client.encode(request)  # ahead of its time, so that sending is prompt
@@ -146,7 +127,7 @@ class _Run:
                 await self._free.acquire()
                 group.create_task(self._send(index, body, recorder, progress))
 
-    async def _send(self, index: int, body: bytes, recorder: StreamRecorder, progress: _Progress) -> None:
+    async def _send(self, index: int, body: bytes, recorder: StreamRecorder, progress: Progress) -> None:
         cancel_after_s = self._config.cancel_delay_s if index in self._cancelled else None
         try:
             self._records[index] = await self._client.send(body, recorder, cancel_after_s=cancel_after_s)

@@ -21,7 +21,6 @@ from serving.cluster import Cluster
 from serving.config import Role, RunConfig
 from serving.core.batch_scheduler import BatchScheduler
 from serving.core.event_log import EventLog
-from serving.core.expert_placement import balanced_placement, uniform_load
 from serving.core.ids import InstanceId
 from serving.core.pool_index import PoolIndex
 from serving.core.request import Request
@@ -32,6 +31,7 @@ from serving.engine_run import StepRecord
 from serving.errors import ConfigError
 from serving.kv_pool import KvPool
 from serving.messages import SamplingParams
+from serving.placement import place_experts
 from serving.plan import block_bytes, die_plan
 from serving.shard import Shard, TimingShard, TorchShard
 from serving.transport import NullTransport, Transport
@@ -263,19 +263,13 @@ def exchange_window_bytes(config: RunConfig, layout: RankLayout) -> int:
 
 
 def rank_layouts(config: RunConfig, role: Role) -> Sequence[RankLayout]:
-    """The layouts of one instance's ranks, experts placed for a uniform load."""
-    section, shape = config.instances[role], config.shape
-    placement = balanced_placement(
-        uniform_load(shape.num_moe_layers, shape.n_routed_experts),
-        num_physical=config.num_physical_experts(role),
-        num_ranks=config.world_size(role),
-        num_shared_copies=section.num_shared_expert_copies if section.shared_expert == "dispatched" else 0,
-    )
+    """The layouts of one instance's ranks, experts placed by the measured load if there is one."""
+    section = config.instances[role]
     return make_layouts(
-        shape,
+        config.shape,
         world_size=config.world_size(role),
         attention="sequence_tensor" if role == "prefill" else "data_parallel",
-        physical_to_logical=placement.physical_to_logical,
+        physical_to_logical=place_experts(config, role).physical_to_logical,
         shared_expert=section.shared_expert,
         dispatch_dtype=config.model.dispatch_dtype,
         max_num_tokens=config.max_step_tokens(role),

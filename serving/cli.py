@@ -8,7 +8,6 @@ Must not know: how anything is done. Ray and torch are imported by the verbs tha
 import json
 import logging
 import math
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,7 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from model.train import train
+from serving.cli_options import Json, Overrides, Ray
 from serving.errors import ConfigError, ServingError
+from serving.evaluation.command import evaluate
+from serving.expert_load_command import expert_load
 from serving.quantize_command import quantize
 
 if TYPE_CHECKING:
@@ -31,23 +33,7 @@ app = typer.Typer(
 app.command()(train)
 
 
-def _check_writable(path: Path | None) -> Path | None:
-    """Before the work, not after it."""
-    if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise typer.BadParameter(f"{path} cannot be written.")
-    return path
-
-
 Config = Annotated[str, typer.Argument(help="Preset, such as laptop, or a YAML file.", metavar="CONFIG")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set a.b=c.", metavar="KEY=VALUE")]
-Json = Annotated[
-    Path | None,
-    typer.Option("--json", help="Write the result to this file.", dir_okay=False, callback=_check_writable),
-]
-Ray = Annotated[
-    str | None,
-    typer.Option("--address", envvar="RAY_ADDRESS", help="Join this Ray cluster instead of starting a local one."),
-]
 Trace = Annotated[
     Path | None,
     typer.Option("--trace", help="Workload from a trace: Mooncake .jsonl or Azure .csv, or .gz of it.", dir_okay=False),
@@ -245,6 +231,8 @@ def bench(
 
 
 app.command()(quantize)
+app.command("eval")(evaluate)
+app.command("expert-load")(expert_load)
 
 
 @app.command()

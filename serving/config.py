@@ -7,8 +7,10 @@ properties.
 """
 
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from devices.spec import SupernodeSpec
@@ -37,6 +39,7 @@ class ModelSection(Section):
 
     config: str = "model/mini-r1.yaml"  # not read with a checkpoint, which brings its own config.json
     checkpoint: str = "mini-r1"
+    expert_load: str | None = None  # file of `supernode expert-load`, or a run's result; None: taken as uniform
     served_model_name: str = "mini-r1"
     max_model_len: PositiveInt = 1024
     dispatch_dtype: Literal["float32", "int8"] = "float32"
@@ -193,6 +196,12 @@ class RunConfig(Section):
         return self._parts.charged_shape
 
     @property
+    def expert_load(self) -> NDArray[np.float64] | None:
+        """Measured tokens per expert of the live model, (num_moe_layers, n_routed_experts); None: not measured."""
+        load: NDArray[np.float64] | None = self._parts.expert_load
+        return load
+
+    @property
     def hardware(self) -> SupernodeSpec:
         """The machine whose time and memory are charged."""
         return self._parts.hardware
@@ -297,3 +306,4 @@ class Parts(BaseModel):
     shape: ModelConfig
     charged_shape: ModelConfig
     hardware: SupernodeSpec
+    expert_load: Any = None  # an array, or None: of `model.expert_load`

@@ -9,7 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from devices.spec import SupernodeSpec
@@ -17,10 +19,17 @@ from model.config import ModelConfig, ModelConfigError
 from model.quantization_config import read_config
 from serving.config import Parts, RunConfig
 from serving.errors import ConfigError, shown
+from serving.expert_load import read_total_load
 from serving.plan import check_plan
 
 T = TypeVar("T")
-PARTS = (("model", "config"), ("model", "checkpoint"), ("timing", "model"), ("timing", "hardware"))
+PARTS = (
+    ("model", "config"),
+    ("model", "checkpoint"),
+    ("model", "expert_load"),
+    ("timing", "model"),
+    ("timing", "hardware"),
+)
 
 
 def presets() -> list[str]:
@@ -42,11 +51,13 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
         if name_or_path.endswith((".yaml", ".yml")):
             _resolve_parts(data, Path(name_or_path).parent)
         config = RunConfig.model_validate(_with_shipped_checkpoint(data))
+        shape = _model_shape(config)
         config = config.attach(
             Parts(
-                shape=_model_shape(config),
+                shape=shape,
                 charged_shape=_parse_part(config.timing.model, ModelConfig.from_dict),
                 hardware=_parse_part(config.timing.hardware, SupernodeSpec.from_dict),
+                expert_load=_measured_load(config, shape),
             )
         )
         check_plan(config)
@@ -117,6 +128,15 @@ def _parse_part(path: str, parse: Callable[[dict[str, Any]], T]) -> T:
         return parse(data)
     except (ValueError, TypeError) as error:  # of the range checks; of a value that is no number where one is needed
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _measured_load(config: RunConfig, shape: ModelConfig) -> NDArray[np.float64] | None:
+    if config.model.expert_load is None:
+        return None
+    try:
+        return read_total_load(config.model.expert_load, shape, model_name=config.model.config)
+    except ConfigError as error:
+        raise ConfigError(f"model.expert_load: {error}") from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from devices.clock import Clock
 from devices.pipeline import StepTime
@@ -72,6 +73,7 @@ class Engine:
         self._wake = asyncio.Event()
         self._in_flight: ScheduledBatch | None = None
         self._is_stopping = False
+        self.expert_load: NDArray[np.int64] | None = None  # tokens so far, (num_moe_layers, n_routed_experts)
         self._lost: str | None = None
         self._failure: str | None = None
         self.busy_ns = 0
@@ -294,6 +296,8 @@ class Engine:
         )
         await self._clock.sleep_until(start_ns + cost.ns)
         sampled = await self._clock.external(pending)
+        if sampled.expert_counts is not None:
+            self.expert_load = sampled.expert_counts + (0 if self.expert_load is None else self.expert_load)
         end_wall_ns = time.monotonic_ns()
         tokens = self._account(batch, sampled, end_wall_ns)
         self.busy_ns += cost.ns

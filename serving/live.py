@@ -6,24 +6,33 @@ Must not know: how devices start (serving/ray_devices.py), what runs in the even
 
 import asyncio
 import dataclasses
+import functools
 import math
 import socket
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from devices.clock import ScaledClock, VirtualClock, run
+from serving.bench import run_bench
 from serving.bench_config import BenchConfig
-from serving.bench_process import run_bench_in_process
 from serving.build import host_plans
+from serving.client_process import run_in_process
 from serving.config import RunConfig
 from serving.interrupts import Interrupts
 from serving.ray_devices import RayDevices, checkpoint_directory
 from serving.report import BenchResult
 from serving.server import bind, serve
 from serving.session import Session
-from serving.simulator import SimulationResult, cluster_figures, load_workload, run_in_virtual_time
+from serving.simulator import (
+    SimulationResult,
+    cluster_figures,
+    load_workload,
+    measured_expert_load,
+    run_in_virtual_time,
+)
 from serving.system import System
 from serving.workload import Workload
 
@@ -144,13 +153,15 @@ def run_once(
     live = LiveRun(config, shards=shards, address=address)
     bench: BenchResult | None = None
     figures: dict[str, float | int | str] = {}
+    expert_load: dict[str, Any] | None = None
     with live:
 
         async def measure(system: System) -> None:
             print(f"serving on {live.url}", file=sys.stderr, flush=True)
-            nonlocal bench
-            bench = await run_bench_in_process(bench_config(config, live.url), workload)
+            nonlocal bench, expert_load
+            bench = await run_in_process(functools.partial(run_bench, bench_config(config, live.url), workload))
             figures.update(cluster_figures(system.cluster))
+            expert_load = measured_expert_load(system.cluster)
             if live.devices is not None:
                 figures.update(await live.devices.step_figures())
             figures["simulated_s"] = system.clock.now_ns() / 1e9
@@ -165,7 +176,7 @@ def run_once(
         request_rate=math.inf if section.request_rate == "inf" else section.request_rate,
         burstiness=section.burstiness,
     )
-    return dataclasses.replace(bench, info=info, cluster=figures, held_at_rest=live.held)
+    return dataclasses.replace(bench, info=info, cluster=figures, expert_load=expert_load, held_at_rest=live.held)
 
 
 def replay(

@@ -92,6 +92,9 @@ class MetricFamilies:
         )
         self.npu_busy = counter("supernode:npu_busy_seconds", "Simulated seconds that NPUs were at work.")
         self.plane_bytes = counter("supernode:plane_bytes", "Bytes sent over a plane.", ("plane",))
+        self.expert_tokens = counter(
+            "supernode:expert_tokens", "Tokens that chose a routed expert.", (*LABELS, "layer", "expert")
+        )
         self.rejected = counter("supernode:requests_rejected", "Requests not admitted.", ("reason",))
 
         tokens = edges.one_two_five_buckets(max_model_len)

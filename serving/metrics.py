@@ -116,6 +116,9 @@ class EngineMetrics:
     """The metrics of one instance, with the label values bound once."""
 
     def __init__(self, families: MetricFamilies, labels: tuple[str, str]) -> None:
+        self._expert_tokens = families.expert_tokens
+        self._expert_load: NDArray[np.int64] | None = None
+        self._labels = labels
         self._num_running = families.num_running.labels(*labels)
         self._num_waiting = families.num_waiting.labels(*labels)
         self._kv_cache_usage = families.kv_cache_usage.labels(*labels)
@@ -155,6 +158,13 @@ class EngineMetrics:
         self._num_running.set(num_running)
         self._num_waiting.set(num_waiting)
         self._kv_cache_usage.set(kv_cache_usage)
+
+    def set_expert_load(self, load: NDArray[np.int64], *, first_layer: int) -> None:
+        """Tokens per expert so far, (num_moe_layers, n_routed_experts). Called when metrics are read, not per step."""
+        new = load if self._expert_load is None else load - self._expert_load
+        for row, expert in np.argwhere(new).tolist():
+            self._expert_tokens.labels(*self._labels, first_layer + row, expert).inc(int(new[row, expert]))
+        self._expert_load = load
 
     def observe_step(self, step: StepRecord) -> None:
         self._iteration_tokens.observe(step.num_tokens)

@@ -91,8 +91,12 @@ class Observer:
     def _refresh(self) -> None:
         assert self._cluster is not None
         assert self._frontend is not None
+        first_layer = self._config.shape.first_k_dense_replace
         for engine in self._cluster.all_engines:
-            self._metrics.engine(engine.instance_id).set_gauges(
+            metrics = self._metrics.engine(engine.instance_id)
+            if engine.expert_load is not None:
+                metrics.set_expert_load(engine.expert_load, first_layer=first_layer)
+            metrics.set_gauges(
                 num_running=engine.scheduler.num_running,
                 num_waiting=engine.scheduler.num_waiting,
                 kv_cache_usage=engine.cache_usage,

@@ -13,6 +13,7 @@ from model import work
 from model.layout import static_buffer_bytes
 from serving.config import Role, RunConfig
 from serving.errors import ConfigError
+from serving.placement import rank_imbalance
 
 GIB = 2**30
 
@@ -145,6 +146,16 @@ def check_plan(config: RunConfig) -> list[DiePlan]:
     return [die_plan(config, role) for role in config.instances]
 
 
+def _imbalance_line(config: RunConfig, role: Role) -> list[str]:
+    imbalance = rank_imbalance(config, role)
+    if imbalance is None:
+        return []
+    return [
+        f"  imbalance  busiest rank {imbalance.uniform:.2f} x the mean under the measured expert load with a uniform "
+        f"placement, {imbalance.measured:.2f} x with this one"
+    ]
+
+
 def format_plan(config: RunConfig) -> str:
     """The plan as `supernode check` prints it."""
     lines = []
@@ -173,6 +184,7 @@ def format_plan(config: RunConfig) -> str:
             f"  experts    {physical // world} per rank: {computed.n_routed_experts} routed + "
             f"{section.num_redundant_experts} redundant over {world} ranks; shared expert {shared}; "
             f"charged {plan.experts_per_die} per die",
+            *_imbalance_line(config, role),
             f"  batch      {section.max_num_seqs} requests, {section.max_num_batched_tokens} tokens a step "
             + ("for the instance" if role == "prefill" else "per rank"),
             f"  KV space   {section.num_blocks} blocks of {config.cache.block_size} = {tokens} tokens "

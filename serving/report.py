@@ -61,6 +61,7 @@ class BenchResult:
     metric_percentiles: tuple[float, ...] = (99.0,)
     held_at_rest: Mapping[str, int] | None = None
     cluster: Mapping[str, float | int | str] | None = None
+    expert_load: Mapping[str, Any] | None = None  # serving/expert_load.py; None: no tensors, or nobody says
     rps_change_events: tuple[Mapping[str, Any], ...] = ()
     interrupted: bool = False
     num_not_sent: int = 0
@@ -246,6 +247,7 @@ def _our_keys(result: BenchResult, percentiles: Sequence[float]) -> dict[str, An
         "simulated": simulated,
         "held_at_rest": None if result.held_at_rest is None else dict(result.held_at_rest),
         "cluster": None if result.cluster is None else dict(result.cluster),
+        "expert_load": None if result.expert_load is None else dict(result.expert_load),
     }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from devices.clock import VirtualClock, run_virtual
 from serving.arrivals import Arrivals
@@ -18,6 +19,7 @@ from serving.cluster import Cluster
 from serving.config import RunConfig
 from serving.core.event_log import EventLog
 from serving.core.ids import RequestId
+from serving.expert_load import ExpertLoad
 from serving.frontend import Frontend
 from serving.report import BenchResult, RunInfo, needed_percentiles
 from serving.spec_decode import SpecDecodeStats
@@ -160,8 +162,19 @@ def _bench_result(
             sum(engine.num_accepted for engine in cluster.all_engines),
         ),
         held_at_rest=held,
+        expert_load=measured_expert_load(cluster),
         cluster=cluster_figures(cluster) | {"simulated_s": simulated_s, "wall_s": wall_s, "digest": log.digest()},
     )
+
+
+def measured_expert_load(cluster: Cluster) -> dict[str, Any] | None:
+    """How many tokens chose each expert so far, per instance, in the layout of serving/expert_load.py.
+
+    None for timing shards, which choose none.
+    """
+    loads = {str(engine.instance_id): engine.expert_load for engine in cluster.all_engines}
+    parts = {instance_id: load for instance_id, load in loads.items() if load is not None}
+    return ExpertLoad(shape=cluster.config.shape, divided_by="instances", parts=parts).as_json() if parts else None
 
 
 def cluster_figures(cluster: Cluster) -> dict[str, float | int | str]:

@@ -240,8 +240,15 @@ class FakeDevices:
             sample_ids=np.arange(len(tokens), dtype=np.int32),
             token_ids=np.array(tokens, np.int64),
             logprobs=tuple(logprobs),
-            expert_counts=np.zeros((1, 1), np.int64),
+            expert_counts=self._expert_counts(step.num_tokens if answers else 0),
         )
+
+    def _expert_counts(self, num_tokens: int) -> np.ndarray:
+        """As if every token chose the first experts of each layer."""
+        shape = self.config.shape
+        counts = np.zeros((shape.num_moe_layers, shape.n_routed_experts), np.int64)
+        counts[:, : shape.num_experts_per_tok] = num_tokens
+        return counts
 
     def _slot(self, tables: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         block_size = self.config.cache.block_size

@@ -9,7 +9,9 @@ import pytest
 
 from serving import cli
 
-VERBS = ("bench", "check", "presets", "quantize", "replay", "run", "serve", "simulate")
+VERBS = (
+    "bench", "check", "eval", "expert-load", "presets", "quantize", "replay", "run", "serve", "simulate", "train",
+)  # fmt: skip
 
 
 @pytest.fixture

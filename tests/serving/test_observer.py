@@ -98,3 +98,16 @@ def test_gauges_show_who_runs_and_who_waits_for_a_place(observe, prompt):
     read, _ = observe(program, "instances.decode.npus=1", "instances.decode.max_num_seqs=2")
     for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
         assert read(name) == 0
+
+
+def test_tokens_are_counted_by_layer_and_expert_however_often_they_are_read(observe, prompt):
+    async def program(submit, read, clock):
+        await read_out(submit("r0", prompt(13), 4))
+        assert read("supernode:expert_tokens_total", engine="decode-0") == 3 * 4 * 2
+        await read_out(submit("r1", prompt(11, seed=1), 6))
+
+    read, _ = observe(program)
+    assert read("supernode:expert_tokens_total", engine="prefill-0") == (13 + 11) * 4 * 2  # top 4 of 2 layers
+    assert read("supernode:expert_tokens_total", engine="decode-0") == (3 + 5) * 4 * 2
+    assert read("supernode:expert_tokens_total", engine="decode-0", layer="1", expert="0") == 3 + 5
+    assert read("supernode:expert_tokens_total", expert="4") == 0

@@ -256,6 +256,7 @@ OUR_KEYS = [
     "simulated",
     "held_at_rest",
     "cluster",
+    "expert_load",
 ]
 
 

@@ -1,0 +1,29 @@
+"""Options that several commands share.
+
+Owns: their names, help and checks.
+Must not know: what a command does with them.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def _check_writable(path: Path | None) -> Path | None:
+    """Before the work, not after it."""
+    if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise typer.BadParameter(f"{path} cannot be written.")
+    return path
+
+
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set a.b=c.", metavar="KEY=VALUE")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write the result to this file.", dir_okay=False, callback=_check_writable),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option("--address", envvar="RAY_ADDRESS", help="Join this Ray cluster instead of starting a local one."),
+]
