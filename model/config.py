@@ -180,11 +180,13 @@ class ModelConfig:
             values.setdefault("num_nextn_predict_layers", values["num_mtp_layers"])
             del values["num_mtp_layers"]
         rope = values.pop("rope_parameters", None)  # transformers 5 keeps theta and scaling together
+        _check_mapping("rope_parameters", rope)
         if rope is not None:
             values.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
             values.setdefault("rope_scaling", rope)
         scaling = values.get("rope_scaling")
-        if isinstance(scaling, Mapping):
+        _check_mapping("rope_scaling", scaling)
+        if scaling is not None:
             values["rope_scaling"] = RopeScaling.from_dict(scaling)
         return cls(**_known_fields(cls, values, ""))
 
@@ -241,6 +243,11 @@ def _known_fields(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str
             raise ModelConfigError(f"{prefix}{name}: {value!r} is not true or false")
         result[name] = value
     return result
+
+
+def _check_mapping(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, Mapping):
+        raise ModelConfigError(f"{name}: {value!r} is not a mapping")
 
 
 def _at_least(name: str, value: float, limit: float) -> None:

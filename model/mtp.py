@@ -10,7 +10,9 @@ embedding comes first in eh_proj's input, and the hidden state is the main model
     hidden state of q - 1 (zeros for q = 0) -- hnorm ---/
 
 Row q turns by position q and writes its latent to slot q of the module's layer, so slot q depends on the tokens
-up to q and on nothing later, as the main model's slots do: a block's hash names the contents of all its layers.
+up to q and on nothing later, as the main model's slots do. One exception: the first row behind a cache hit, whose
+hidden state is not known, takes zeros; then the latents of this layer, and only of this one, depend on what was cached.
+Drafts may differ by it, tokens may not.
 """
 
 # Shapes: T tokens of the step, t tokens of this rank (T with data_parallel attention), H hidden_size

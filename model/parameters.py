@@ -11,6 +11,7 @@ them. A Weight is a float32 tensor of that shape, or INT8 (model/matrix.py).
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -85,16 +86,17 @@ class RankWeights:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors; a tied head counts once."""
-        unique = {tensor.data_ptr(): tensor for tensor in _tensors(self)}
+        unique = {tensor.data_ptr(): tensor for _, tensor in named_tensors(self)}
         return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
 
 
-def _tensors(part: object) -> Iterator[Tensor]:
+def named_tensors(part: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of `part` with its path, such as blocks.1.mlp.gate."""
     if isinstance(part, Tensor):
-        yield part
+        yield prefix, part
     elif isinstance(part, tuple):
-        for item in part:
-            yield from _tensors(item)
+        for index, item in enumerate(part):
+            yield from named_tensors(item, f"{prefix}.{index}")
     elif part is not None:
-        for field in fields(part):  # type: ignore[arg-type]  # every other part is one of the dataclasses above
-            yield from _tensors(getattr(part, field.name))
+        for field in fields(part):
+            yield from named_tensors(getattr(part, field.name), f"{prefix}.{field.name}".lstrip("."))

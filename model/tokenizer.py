@@ -11,6 +11,7 @@ template, `encode_chat`, or from `encode(..., parse_control=True)` for text that
 """
 
 import codecs
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -91,6 +92,11 @@ class Tokenizer:
         return len(self._token_bytes)
 
     @property
+    def digest(self) -> str:
+        """Hexadecimal digest of the vocabulary: equal digests give equal ids."""
+        return hashlib.blake2b(self._backend.to_str().encode(), digest_size=16).hexdigest()
+
+    @property
     def bos_token_id(self) -> int:
         return self.control_id(BOS)
 
@@ -139,11 +145,14 @@ class Tokenizer:
         return TextStream(self, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for; a control token stands for its name. Raises TokenizerError if
-        out of range."""
-        if not 0 <= token_id < len(self._token_bytes):
-            raise TokenizerError(f"token id: {token_id} is outside [0, vocab_size {len(self._token_bytes)})")
-        return self._token_bytes[token_id]
+        """The bytes that one token stands for; a control token stands for its name.
+
+        An id beyond the vocabulary stands for nothing: a model's own may be padded (R1's is), and may choose such an
+        id. Raises TokenizerError if it is below 0.
+        """
+        if token_id < 0:
+            raise TokenizerError(f"token id: {token_id} is below 0")
+        return self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
 
     def is_hidden(self, token_id: int) -> bool:
         """Whether the token is left out of the text that a client sees."""

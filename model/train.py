@@ -4,6 +4,7 @@ Owns: the options, the progress bar, and which files are left at the end.
 Must not know: what a step computes.
 """
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -40,11 +41,12 @@ def train(
     The state is saved every 100 steps in OUTPUT/state.pt and removed when the checkpoint is written.
     """
     from model.training.processes import TrainingError
+    from model.training.trainer import ResumeError
 
     settings = TrainingSettings(seed=seed, num_steps=steps, tokens_per_shard=tokens)
     try:
         is_finished = _train(output, _load_shape(shape), settings, processes, evaluate_every)
-    except (ValueError, OSError) as error:
+    except (ModelConfigError, ResumeError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     except TrainingError as error:
@@ -57,22 +59,28 @@ def train(
 
 
 def _train(output: Path, config: ModelConfig, settings: TrainingSettings, processes: int, evaluate_every: int) -> bool:
-    """Run until the end, then write the checkpoint; False if interrupted. Raises ValueError for what cannot be run."""
+    """Run until the end, then write the checkpoint; False if interrupted.
+
+    Raises ModelConfigError or ResumeError for what cannot be run.
+    """
     from tqdm import tqdm
 
     from model.tasks.corpus_tokenizer import VOCAB_SIZE, train_tokenizer
     from model.training.held_out import Accuracy
-    from model.training.processes import STATE_FILE, Run, train
+    from model.training.processes import STATE_FILE, Run, run_processes
     from model.training.publish import publish
-    from model.training.trainer import StepReport, Trainer
+    from model.training.trainer import ResumeError, StepReport, Trainer
 
     if config.vocab_size != VOCAB_SIZE:
         raise ModelConfigError(f"vocab_size: {config.vocab_size} is not the tokenizer's {VOCAB_SIZE}")
     state = output / STATE_FILE
     if not state.exists() and (output / "model.safetensors").exists():
-        raise ValueError(f"{output}: already holds a checkpoint")
+        raise ResumeError(f"{output}: already holds a checkpoint")
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(settings.seed)
+    trainer = Trainer(config, settings, tokenizer)
+    if state.exists():
+        trainer.resume(state)  # refuses before anything is written
     tokenizer.save(output / "tokenizer.json")
     run = Run(
         config=config,
@@ -82,20 +90,23 @@ def _train(output: Path, config: ModelConfig, settings: TrainingSettings, proces
         processes=processes,
         evaluate_every=evaluate_every,
     )
-    with tqdm(total=settings.num_steps, unit="step", smoothing=0.05) as bar:
+    num_tokens, started = 0, time.perf_counter()
+    with tqdm(total=settings.num_steps, initial=trainer.step, unit="step", smoothing=0.05) as bar:
 
         def show(report: object) -> None:
             if isinstance(report, StepReport):
-                if bar.n == 0:
-                    bar.initial = bar.n = report.step  # of a run that goes on
+                nonlocal num_tokens
+                num_tokens += report.num_tokens
+                speed = num_tokens / (time.perf_counter() - started)
+                bar.set_postfix_str(
+                    f"loss {report.loss:.4f}, MTP {report.mtp_loss:.4f}, load {report.max_load:.2f}, {speed:.0f} tok/s"
+                )
                 bar.update(report.step + 1 - bar.n)
-                bar.set_postfix(loss=f"{report.loss:.4f}", mtp=f"{report.mtp_loss:.4f}", load=f"{report.max_load:.2f}")
             elif isinstance(report, Accuracy):
                 bar.write(f"step {report.step}: {100 * report.mean:.1f} % of held-out replies reproduced exactly")
 
-        if not train(run, show):
+        if not run_processes(run, show):
             return False
-    trainer = Trainer(config, settings, tokenizer)
     trainer.resume(state)
     publish(
         output,
@@ -119,7 +130,7 @@ def _load_shape(path: Path) -> ModelConfig:
     try:
         return ModelConfig.from_dict(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
     except (yaml.YAMLError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: no hyper-parameters: {error}") from None
+        raise ModelConfigError(f"{path}: no hyper-parameters: {' '.join(str(error).split())}") from None
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Source: tensor names of deepseek-ai/DeepSeek-R1.
 
 from collections.abc import Mapping
 from pathlib import Path
+from stat import S_IMODE
 
 import torch
 from safetensors.torch import save_file
@@ -26,7 +27,7 @@ from model.parameters import (
 )
 from model.tensor_files import TensorFiles, TensorSource
 
-__all__ = ["WeightsError", "load_rank_weights", "read_rank_weights", "save_weights"]
+__all__ = ["WeightsError", "load_rank_weights", "read_rank_weights", "save_weights", "write_tensors"]
 
 _GATE_BIAS = "e_score_correction_bias"
 
@@ -95,7 +96,21 @@ def save_weights(
         name: tensor.detach().to(torch.float32 if name.endswith(_GATE_BIAS) else dtype, copy=True).contiguous()
         for name, tensor in tensors.items()
     }
-    save_file(own, Path(directory) / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(Path(directory) / "model.safetensors", own)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file that comes under its name when it is whole, with the rights that the umask leaves."""
+    part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)
+    part.touch()
+    mode = S_IMODE(part.stat().st_mode)
+    try:
+        save_file(tensors, part, metadata={"format": "pt"})
+        part.chmod(mode)  # safetensors writes files that only their owner can read
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class _BlockReader:

@@ -18,6 +18,11 @@ def _check_writable(path: Path | None) -> Path | None:
     return path
 
 
+def listed(text: str) -> tuple[str, ...]:
+    """The parts of an option's value that is a list by comma."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set a.b=c.", metavar="KEY=VALUE")]
 Json = Annotated[
     Path | None,

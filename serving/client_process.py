@@ -38,7 +38,8 @@ class Work(Protocol[ResultOf]):
 
 
 async def run_in_process(work: Work[Result]) -> Result:
-    """Do `work`, which has to be picklable. Cancelled, it is stopped and what it finished is returned.
+    """Do `work`, which has to be picklable. Cancelled, it is stopped and what it finished is returned;
+    cancelled once more, it is killed.
 
     Raises ServingError if it fails.
     """
@@ -56,7 +57,8 @@ async def run_in_process(work: Work[Result]) -> Result:
     loop = asyncio.get_running_loop()
     has_reply = asyncio.Event()
     loop.add_reader(ours.fileno(), has_reply.set)
-    results: tuple[Result, ...]
+    results: tuple[Result, ...] = ()
+    error, patience_s = "it ended without a result", 0.0
     try:
         try:
             await has_reply.wait()
@@ -65,13 +67,16 @@ async def run_in_process(work: Work[Result]) -> Result:
                 os.kill(process.pid, signal.SIGINT)
             await asyncio.wait_for(has_reply.wait(), INTERRUPT_TIMEOUT_S)
         results, error = ours.recv()
+        patience_s = INTERRUPT_TIMEOUT_S  # it is about to end
     except (EOFError, TimeoutError):
-        process.kill()
-        results, error = (), "it ended without a result"
-    finally:
+        pass
+    finally:  # also after a second cancellation
         loop.remove_reader(ours.fileno())
         ours.close()
-    process.join(INTERRUPT_TIMEOUT_S)
+        process.join(patience_s)
+        if process.is_alive():
+            process.kill()
+            process.join()
     if not results:
         raise ServingError(f"client of the endpoint: {error}")
     return results[0]

@@ -24,6 +24,9 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+DEFAULT_SHAPE = "model/mini-r1.yaml"
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys are refused and nothing changes after loading."""
 
@@ -34,11 +37,11 @@ class ModelSection(Section):
     """What is computed: the live model, and where its weights come from.
 
     `checkpoint` is a directory in the hub's layout, the name of a shipped one, or "random": weights of the shape
-    `config`, from the seed.
+    `config`, from the seed. A directory brings its own config.json; `config` may say the same, not something else.
     """
 
-    config: str = "model/mini-r1.yaml"  # not read with a checkpoint, which brings its own config.json
-    checkpoint: str = "mini-r1"
+    config: str | None = None  # None: the checkpoint's, or model/mini-r1.yaml
+    checkpoint: str = "random"
     expert_load: str | None = None  # file of `supernode expert-load`, or a run's result; None: taken as uniform
     served_model_name: str = "mini-r1"
     max_model_len: PositiveInt = 1024
@@ -48,7 +51,9 @@ class ModelSection(Section):
     @property
     def shape_source(self) -> str:
         """The file that the shape of the weights comes from."""
-        return self.config if self.checkpoint == "random" else f"{self.checkpoint}/config.json"
+        if self.config is None and self.checkpoint != "random":
+            return f"{self.checkpoint}/config.json"
+        return self.config or DEFAULT_SHAPE
 
 
 class RepresentedInstance(Section):

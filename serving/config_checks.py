@@ -52,13 +52,13 @@ def check_parts(config: "RunConfig") -> None:
 def _check_speculation(config: "RunConfig") -> None:
     if not config.is_speculative:
         return
-    for field, path, parts in (
-        ("model.config", config.model.config, config.shape),
-        ("timing.model", config.timing.model, config.charged_shape),
+    for source, parts in (
+        (config.model.shape_source, config.shape),
+        (f"timing.model {config.timing.model}", config.charged_shape),
     ):
         if not parts.num_nextn_predict_layers or not parts.num_moe_layers:
             raise ConfigError(
                 f"speculative.num_speculative_tokens: {config.speculative.num_speculative_tokens} needs an MTP "
-                f"module behind a mixture layer; {field} {path} has num_nextn_predict_layers "
+                f"module behind a mixture layer; {source} has num_nextn_predict_layers "
                 f"{parts.num_nextn_predict_layers} and {parts.num_moe_layers} mixture layers"
             )

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from devices.spec import SupernodeSpec
 from model.config import ModelConfig, ModelConfigError
 from model.quantization_config import read_config
-from serving.config import Parts, RunConfig
+from serving.config import DEFAULT_SHAPE, Parts, RunConfig
 from serving.errors import ConfigError, shown
 from serving.expert_load import read_total_load
 from serving.plan import check_plan
@@ -93,10 +93,13 @@ def _model_shape(config: RunConfig) -> ModelConfig:
     if directory == "random":
         if wanted is not None:
             raise ConfigError(f"model.quantization: {wanted}, but model.checkpoint random makes float32 weights")
-        return _parse_part(config.model.config, ModelConfig.from_dict)
+        return _parse_part(config.model.shape_source, ModelConfig.from_dict)
     if not Path(directory).is_dir():
         shipped = ", ".join(shipped_checkpoints())
         raise ConfigError(f"model.checkpoint: {directory!r} is not a directory, nor 'random', nor shipped ({shipped})")
+    if wanted is None and not (Path(directory) / "config.json").is_file():
+        # Whoever starts the devices tells all that is missing in the directory.
+        return _parse_part(config.model.config or DEFAULT_SHAPE, ModelConfig.from_dict)
     try:
         shape, found = read_config(directory)
     except ModelConfigError as error:
@@ -105,7 +108,7 @@ def _model_shape(config: RunConfig) -> ModelConfig:
         raise ConfigError(
             f"model.quantization: {wanted}, but {Path(directory) / 'config.json'} has no quantization_config"
         )
-    return shape
+    return shape if config.model.config is None else _parse_part(config.model.config, ModelConfig.from_dict)
 
 
 def load_part(path: str) -> dict[str, Any]:
@@ -134,7 +137,7 @@ def _measured_load(config: RunConfig, shape: ModelConfig) -> NDArray[np.float64]
     if config.model.expert_load is None:
         return None
     try:
-        return read_total_load(config.model.expert_load, shape, model_name=config.model.config)
+        return read_total_load(config.model.expert_load, shape, model_name=config.model.shape_source)
     except ConfigError as error:
         raise ConfigError(f"model.expert_load: {error}") from None
 

@@ -5,11 +5,13 @@ Must not know: how load is measured or drawn.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from serving.cli_options import listed
 from serving.errors import ConfigError
 
 PICTURE_FILE = "expert_load.png"
@@ -32,12 +34,11 @@ def expert_load(
     from model.reference import ReferenceModel
     from model.tasks.generator import KINDS
     from model.tokenizer import Tokenizer
+    from serving.evaluation.questions import check_known
     from serving.expert_load import ExpertLoad
 
-    names = list(KINDS) if kinds is None else [part.strip() for part in kinds.split(",") if part.strip()]
-    for name in names or [""]:
-        if name not in KINDS:
-            raise ConfigError(f"--kinds: {name!r} is not one of {', '.join(KINDS)}")
+    names = tuple(KINDS) if kinds is None else listed(kinds)
+    check_known("--kinds", names, tuple(KINDS))
     try:
         shape = ModelConfig.from_file(checkpoint / "config.json")
         tokenizer = Tokenizer.from_file(checkpoint / "tokenizer.json")
@@ -46,6 +47,7 @@ def expert_load(
         raise ConfigError(f"{checkpoint}: {error}") from None
     if not shape.num_moe_layers:
         raise ConfigError(f"{checkpoint}: has no mixture layer, whose experts could be counted")
+    _make_writable(directory)
     load = ExpertLoad(
         shape=shape,
         divided_by="kinds",
@@ -54,7 +56,6 @@ def expert_load(
             for name in tqdm(names, unit="kind", disable=None)
         },
     )
-    directory.mkdir(parents=True, exist_ok=True)
     told = {
         "model": checkpoint.resolve().name,
         "source": f"{num_problems} held-out problems per kind, seed {seed}, teacher-forced",
@@ -72,3 +73,13 @@ def expert_load(
             f"{relative_load(part).max():.2f} x the mean of its layer"
         )
     typer.echo(f"wrote {directory / LOAD_FILE} and {directory / PICTURE_FILE}")
+
+
+def _make_writable(directory: Path) -> None:
+    """Before the work, not after it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{directory}: {error.strerror}") from None
+    if not os.access(directory, os.W_OK):
+        raise ConfigError(f"{directory}: cannot be written to")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from serving.cli_options import Json
 from serving.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def quantize(
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Print what each technique buys; OUT is not needed.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+    json_file: Json = None,
     disable_tqdm: Annotated[bool, typer.Option("--disable-tqdm", help="No progress bar.")] = False,
 ) -> None:
     """Write an INT8 checkpoint that `model.checkpoint` loads, or measure the techniques with --ablate."""
@@ -51,8 +52,6 @@ def quantize(
     from model.tokenizer import TokenizerError
 
     _check_target(out, ablate=ablate)
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"--json: {json_file.parent} is not a directory")
     techniques = Techniques(
         rotation=rotation, scale_search=scale_search, clipping=clipping, compensation=compensation, seed=seed
     )

@@ -5,6 +5,7 @@ Must not know: requests, time, HTTP.
 """
 
 import asyncio
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from serving.transport import WorkerTransport
 from serving.worker import NpuWorkerPlan, StepTimes
 
 CLOSE_TIMEOUT_S = 5.0
+# A model's vocabulary may be padded beyond its tokenizer's to a size that divides well: R1's by 465 of 129,280 ids.
+_IDS_PER_PADDING_ID = 100
 
 
 def checkpoint_directory(config: RunConfig, session: Session) -> Path:
@@ -48,6 +51,12 @@ def checkpoint_directory(config: RunConfig, session: Session) -> Path:
             f"model.checkpoint: {directory / 'tokenizer.json'} has {vocab_size} tokens, "
             f"vocab_size of {config.model.shape_source} is {config.shape.vocab_size}"
         )
+    max_padding = math.ceil(config.shape.vocab_size / _IDS_PER_PADDING_ID)
+    if vocab_size < config.shape.vocab_size - max_padding:
+        raise ConfigError(
+            f"model.checkpoint: {directory / 'tokenizer.json'} has {vocab_size} tokens, vocab_size of "
+            f"{config.model.shape_source} is {config.shape.vocab_size}, of which {max_padding} may be padding"
+        )
     for name, token_id in ids.items():
         if token_id != getattr(config.shape, name):
             raise ConfigError(
@@ -55,7 +64,7 @@ def checkpoint_directory(config: RunConfig, session: Session) -> Path:
                 f"{config.model.shape_source} says {getattr(config.shape, name)}"
             )
     try:
-        check_checkpoint(directory, config.shape)
+        check_checkpoint(directory, config.shape, with_mtp=config.is_speculative)
     except WeightsError as error:
         raise ConfigError(f"model.checkpoint: {error}") from None
     return directory

@@ -15,22 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model.checkpoint_check import WeightsError, read_headers
 from model.config import ModelConfig
 from model.quantization import names
 from model.quantization.calibration import Statistics, record_inputs
+from model.quantization.model_card import CARD_FILE, model_card
 from model.quantization.rotation import rotate
 from model.quantization.rounding import output_error, round_matrix
 from model.quantization.scales import search_scales
 from model.quantization_config import QuantizationConfig, read_config
 from model.tensor_files import TensorFiles
+from model.weights import write_tensors
 
 # Of a checkpoint directory, beside what is written anew.
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "LICENSE")
-_COPIED_PATTERNS = ("*.md", "*.jinja")
+_COPIED_PATTERNS = ("*.jinja",)  # chat templates
 # These keep the source's dtype. Norms, gates and kv_b_proj are float32, because factors were absorbed in them.
 _LARGE = ("embed_tokens.weight", "lm_head.weight", "shared_head.head.weight")
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -140,7 +141,7 @@ def quantize_tensors(
 
 
 def write_checkpoint(source: str | Path, target: str | Path, model: QuantizedModel) -> None:
-    """Write config.json and model.safetensors to `target`, and what people and tokenizers need from `source`.
+    """Write config.json, model card and model.safetensors to `target`, and what tokenizers need from `source`.
 
     The weights come last and under their final name at once: a directory that has them is whole.
     """
@@ -154,12 +155,10 @@ def write_checkpoint(source: str | Path, target: str | Path, model: QuantizedMod
     raw["tie_word_embeddings"] = model.config.tie_word_embeddings
     raw["quantization_config"] = model.quantization.to_dict()
     (target / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (target / CARD_FILE).write_text(model_card(source, target, model.quantization), encoding="utf-8")
     # safetensors refuses tensors that share memory.
     own = {name: tensor.clone().contiguous() for name, tensor in model.stored(large_dtype(source)).items()}
-    part = target / "model.safetensors.part"
-    save_file(own, part, metadata={"format": "pt"})
-    shutil.copymode(target / "config.json", part)  # safetensors writes files that only their owner can read
-    part.replace(target / "model.safetensors")
+    write_tensors(target / "model.safetensors", own)
 
 
 def _round(

@@ -38,31 +38,26 @@ class _Group:
     absorb: Callable[[Tensors, Tensor], None]
 
 
-def search_scales(
-    config: ModelConfig, tensors: Tensors, statistics: Mapping[str, Statistics]
-) -> dict[str, float | None]:
-    """Scale `tensors` and `statistics` in place; the chosen strength by first reader, None where 1 was best."""
-    chosen: dict[str, float | None] = {}
+def search_scales(config: ModelConfig, tensors: Tensors, statistics: Mapping[str, Statistics]) -> None:
+    """Scale `tensors` and `statistics` in place, but for groups where no scaling is best."""
     for group in _groups(config):
         readers = [(tensors[f"{module}.weight"], statistics[module]) for module in group.readers]
-        strength, scale = _best(readers)
-        chosen[group.readers[0]] = strength
-        if strength is None:
+        scale = _best(readers)
+        if scale is None:
             continue
         for module in (*group.readers, *group.also_scaled):
             tensors[f"{module}.weight"] = tensors[f"{module}.weight"] * scale
         group.absorb(tensors, scale)
         for entry in {id(statistics[module]): statistics[module] for module in group.readers}.values():
             entry.divide(scale)
-    return chosen
 
 
-def _best(readers: list[tuple[Tensor, Statistics]]) -> tuple[float | None, Tensor]:
-    """The strength and factors (I,) with the least output error over all readers' samples."""
+def _best(readers: list[tuple[Tensor, Statistics]]) -> Tensor | None:
+    """The factors (I,) with the least output error over all readers' samples; None if that is without."""
     weight_max = torch.stack([weight.abs().amax(dim=0) for weight, _ in readers]).amax(dim=0)
     input_max = torch.stack([entry.absmax for _, entry in readers]).amax(dim=0)
     ones = torch.ones_like(weight_max)
-    best: tuple[float | None, Tensor] = (None, ones)
+    best: Tensor | None = None
     least = _error(readers, ones)
     is_used = (weight_max > 0) & (input_max > 0)
     for strength in _STRENGTHS:
@@ -72,7 +67,7 @@ def _best(readers: list[tuple[Tensor, Statistics]]) -> tuple[float | None, Tenso
         scale = torch.where(is_used, scale, ones)
         error = _error(readers, scale)
         if error < least:
-            least, best = error, (strength, scale)
+            least, best = error, scale
     return best
 
 

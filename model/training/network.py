@@ -95,7 +95,7 @@ def initial_weights(config: ModelConfig, seed: int) -> RankWeights:
         )
 
     return RankWeights(
-        embedding=normal(c.vocab_size, c.hidden_size, std=0.5),
+        embedding=normal(c.vocab_size, c.hidden_size, std=1.0),
         blocks=tuple(block(is_moe=layer >= c.first_k_dense_replace) for layer in range(c.num_hidden_layers)),
         final_norm=ones(c.hidden_size),
         lm_head=zeros(c.vocab_size, c.hidden_size),

@@ -55,19 +55,21 @@ class Run:
 Report = StepReport | Accuracy
 
 
-def train(run: Run, on_report: Callable[[Report], None]) -> bool:
+def run_processes(run: Run, on_report: Callable[[Report], None]) -> bool:
     """Train from the saved state, or from the start, until the end or Ctrl-C; True when it is finished.
 
-    Raises ResumeError if the state belongs to another run, TrainingError if a process dies.
+    Raises ResumeError if the state belongs to another run, or is none; TrainingError if a process dies.
     """
-    if run.processes > run.settings.num_shards:
-        raise TrainingError(f"processes: {run.processes} exceeds num_shards {run.settings.num_shards}")
+    assert run.processes <= run.settings.num_shards, "a process without a shard"
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     receivers, workers = [], []
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as meeting:
         os.environ.update(_MALLOC, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+        # Ctrl-C reaches the whole process group: blocked from here on, in the children until they ignore it.
+        previous = signal.signal(signal.SIGINT, lambda number, frame: stop.set())
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for rank in range(run.processes):
                 receiver, sender = context.Pipe(duplex=False)
@@ -79,7 +81,7 @@ def train(run: Run, on_report: Callable[[Report], None]) -> bool:
         finally:
             os.environ.clear()
             os.environ.update(before)
-        previous = signal.signal(signal.SIGINT, lambda number, frame: stop.set())
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         try:
             return _watch(receivers, on_report)
         finally:
@@ -116,6 +118,7 @@ def _work(run: Run, rank: int, store: str, stop: Event, sender: Connection) -> N
     import torch.distributed as dist
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     torch.set_num_threads(1)
     if run.processes > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=run.processes)

@@ -5,6 +5,7 @@ Must not know: how weights were trained.
 Source: files of deepseek-ai/DeepSeek-R1 on the hub; model cards as the hub describes them.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,7 +87,7 @@ def _model_card(
     history: list[dict[str, Any]],
     accuracies: list[dict[str, Any]],
 ) -> str:
-    mtp_bytes = weights.num_bytes - RankWeights(**{**_fields(weights), "mtp": ()}).num_bytes
+    mtp_bytes = weights.num_bytes - dataclasses.replace(weights, mtp=()).num_bytes
     num_tokens = sum(report["num_tokens"] for report in history)
     lines = [
         "---",
@@ -146,10 +147,6 @@ def _model_card(
         "",
     ]
     return "\n".join(lines)
-
-
-def _fields(weights: RankWeights) -> dict[str, Any]:
-    return {name: getattr(weights, name) for name in RankWeights.__dataclass_fields__}
 
 
 def _write_json(path: Path, content: dict[str, object]) -> None:

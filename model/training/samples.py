@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.chat import Message
-from model.tasks.generator import KINDS, generate
+from model.tasks.generator import generate
 from model.tasks.problem import Problem
 from model.tokenizer import Tokenizer
 
@@ -51,14 +51,14 @@ def encode_sample(tokenizer: Tokenizer, problem: Problem, earlier: Sequence[Prob
     return Sample([*prompt, *reply, tokenizer.eos_token_id], len(prompt))
 
 
-def draw_sample(rng: Random, tokenizer: Tokenizer, max_tokens: int, kinds: Sequence[str] = tuple(KINDS)) -> Sample:
+def draw_sample(rng: Random, tokenizer: Tokenizer, max_tokens: int) -> Sample:
     """A training sample: mostly one question, sometimes a conversation, rarely one that fills `max_tokens`."""
-    problem = generate(rng, "train", kinds=kinds)
+    problem = generate(rng, "train")
     lot, earlier = rng.random(), []
     if lot < 1 / _LONG_ONE_IN:
-        earlier = [generate(rng, "train", kinds=kinds) for _ in range(max_tokens // 32)]
+        earlier = [generate(rng, "train") for _ in range(max_tokens // 32)]
     elif lot < 1 / _LONG_ONE_IN + 1 / _FEW_TURNS_ONE_IN:
-        earlier = [generate(rng, "train", kinds=kinds) for _ in range(rng.randint(1, 3))]
+        earlier = [generate(rng, "train") for _ in range(rng.randint(1, 3))]
     sample = encode_sample(tokenizer, problem, earlier)
     while len(sample.token_ids) > max_tokens:
         earlier = earlier[len(earlier) // 4 + 1 :]
@@ -115,19 +115,12 @@ def pack(samples: Iterable[Sample]) -> PackedBatch:
 
 
 def draw_batch(
-    seed: int,
-    step: int,
-    shard: int,
-    tokenizer: Tokenizer,
-    *,
-    num_tokens: int,
-    max_tokens: int,
-    kinds: Sequence[str] = tuple(KINDS),
+    seed: int, step: int, shard: int, tokenizer: Tokenizer, *, num_tokens: int, max_tokens: int
 ) -> PackedBatch:
     """The batch of one data shard in one step: a pure function, so a resumed run continues with the same data."""
     rng = Random(f"{seed}/{step}/{shard}")
     samples, total = [], 0
     while total < num_tokens:
-        samples.append(draw_sample(rng, tokenizer, max_tokens, kinds))
+        samples.append(draw_sample(rng, tokenizer, max_tokens))
         total += len(samples[-1].token_ids)
     return pack(samples)

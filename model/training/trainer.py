@@ -6,8 +6,8 @@ Source: DeepSeek-V3 (arXiv 2412.19437) section 2.1.2 for the bias update.
 """
 
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+import pickle
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.tasks.generator import KINDS
+from model.parameters import named_tensors
 from model.tokenizer import Tokenizer
 from model.training.network import Network, initial_weights
 from model.training.optimizer import Optimizer
@@ -87,13 +87,7 @@ class Trainer:
         """Everything of one shard that is summed: gradients, losses, token count, experts' counts."""
         s = self._settings
         batch = draw_batch(
-            s.seed,
-            self.step,
-            shard,
-            self._tokenizer,
-            num_tokens=s.tokens_per_shard,
-            max_tokens=s.max_sample_tokens,
-            kinds=s.kinds(self.step, tuple(KINDS)),
+            s.seed, self.step, shard, self._tokenizer, num_tokens=s.tokens_per_shard, max_tokens=s.max_sample_tokens
         )
         with torch.autocast("cpu", torch.bfloat16):
             losses = self.network.losses(batch)
@@ -133,6 +127,7 @@ class Trainer:
         state = {
             "settings": asdict(self._settings),
             "config": self._config.to_dict(),
+            "vocabulary": self._tokenizer.digest,
             "step": self.step,
             "history": self.history,
             "accuracies": self.accuracies,
@@ -144,30 +139,25 @@ class Trainer:
         os.replace(partial, path)
 
     def resume(self, path: Path) -> None:
-        """Continue from a state of the same settings and shape. Raises ResumeError for another run's."""
-        state = torch.load(path, weights_only=True)
+        """Continue from a state of the same settings, shape and vocabulary. Raises ResumeError for another run's, and
+        for a file that holds no state."""
+        try:
+            state = torch.load(path, weights_only=True)
+            saved_settings, saved_config, vocabulary = state["settings"], state["config"], state["vocabulary"]
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise ResumeError(f"{path}: not the state of a run: {' '.join(str(error).split())[:200]}") from None
         for name, value in asdict(self._settings).items():
-            if state["settings"].get(name) != value:
-                raise ResumeError(f"{path}: {name} was {state['settings'].get(name)}, now {value}")
-        if state["config"] != self._config.to_dict():
+            if saved_settings.get(name) != value:
+                raise ResumeError(f"{path}: {name} was {saved_settings.get(name)}, now {value}")
+        if saved_config != self._config.to_dict():
             raise ResumeError(f"{path}: belongs to a model of another shape")
+        if vocabulary != self._tokenizer.digest:
+            raise ResumeError(f"{path}: its tokens are of another vocabulary, the problems or their words have changed")
         with torch.no_grad():
             for name, tensor in named_tensors(self.weights):
                 tensor.copy_(state["weights"][name])
         self._optimizer.restore(state["optimizer"])
         self.step, self.history, self.accuracies = state["step"], state["history"], state["accuracies"]
-
-
-def named_tensors(part: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of `part` with its path, such as blocks.1.mlp.gate."""
-    if isinstance(part, Tensor):
-        yield prefix, part
-    elif isinstance(part, tuple):
-        for index, item in enumerate(part):
-            yield from named_tensors(item, f"{prefix}.{index}")
-    elif part is not None:
-        for field in fields(part):
-            yield from named_tensors(getattr(part, field.name), f"{prefix}.{field.name}".lstrip("."))
 
 
 def _rank() -> int:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from serving.cli_options import Json, Overrides, Ray
+from serving.cli_options import Json, Overrides, Ray, listed
 from serving.errors import ConfigError
 
 
@@ -50,8 +50,8 @@ def evaluate(
         raise ConfigError(f"--set {overrides[0]!r}: there is no configuration to override")
     asked = questions.draw_questions(
         num_problems=num_problems,
-        kinds=tuple(KINDS) if kinds is None else _listed(kinds),
-        levels=[int(level) if level.isdecimal() else level for level in _listed(levels)],  # type: ignore[misc]
+        kinds=tuple(KINDS) if kinds is None else listed(kinds),
+        levels=[int(level) if level.isdecimal() else level for level in listed(levels)],  # type: ignore[misc]
         seed=seed,
     )
     earlier = None if compare is None else comparison.read_earlier(compare)
@@ -86,7 +86,3 @@ def evaluate(
         json_file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if result.exit_code:
         raise typer.Exit(result.exit_code)
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -53,12 +53,8 @@ def draw_questions(
     """
     if num_problems < 1:
         raise ConfigError(f"--num-problems: {num_problems} is below the limit 1")
-    for option, values, known in (("--kinds", kinds, tuple(KINDS)), ("--levels", levels, LEVELS)):
-        if not values:
-            raise ConfigError(f"{option}: is empty; there are {', '.join(map(str, known))}")
-        for value in values:
-            if value not in known:
-                raise ConfigError(f"{option}: {value!r} is not one of {', '.join(map(str, known))}")
+    check_known("--kinds", kinds, tuple(KINDS))
+    check_known("--levels", levels, LEVELS)
     groups: dict[str, tuple[str, Members]] = {kind: (kind, _all) for kind in KINDS if kind in kinds}
     groups |= {name: extra for name, extra in EXTRA_GROUPS.items() if extra[0] in kinds}
     ordered = sorted(set(levels))
@@ -67,6 +63,15 @@ def draw_questions(
         for name, (kind, belongs) in groups.items()
         for problem in islice(_distinct(Random(f"{seed}/{name}"), kind, ordered, belongs), num_problems)
     )
+
+
+def check_known(option: str, values: Sequence[object], known: Sequence[object]) -> None:
+    """Raise ConfigError unless there are `values`, all of them among the `known` ones."""
+    if not values:
+        raise ConfigError(f"{option}: is empty; there are {', '.join(map(str, known))}")
+    for value in values:
+        if value not in known:
+            raise ConfigError(f"{option}: {value!r} is not one of {', '.join(map(str, known))}")
 
 
 def _all(problem: Problem) -> bool:

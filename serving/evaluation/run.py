@@ -6,12 +6,13 @@ Must not know: how questions are sent, tables.
 
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from model.checkpoint_check import WeightsError, read_headers
+from model.config import ModelConfigError
+from model.quantization_config import QUANT_METHOD, read_config
 from serving.bench_client import EndpointNotReady
 from serving.client_process import run_in_process, run_until_interrupt
 from serving.config import RunConfig
@@ -20,6 +21,8 @@ from serving.evaluation.client import Asked, AskSettings, ask
 from serving.evaluation.questions import Question
 from serving.evaluation.result import EvaluationResult
 from serving.system import System
+
+_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def evaluate_endpoint(
@@ -60,27 +63,26 @@ def evaluate_config(
 def describe(config: RunConfig) -> dict[str, str]:
     """What a configuration serves: checkpoint, number format, drafts."""
     section = config.model
-    drafts = getattr(getattr(config, "speculative", None), "num_speculative_tokens", 0)
+    is_random = section.checkpoint == "random"
+    drafts = config.speculative.num_speculative_tokens
     return {
-        "checkpoint": f"random, seed {config.seed}" if section.checkpoint == "random" else section.checkpoint,
-        "quantization": _quantization(config),
+        "checkpoint": f"random, seed {config.seed}" if is_random else Path(section.checkpoint).resolve().name,
+        "quantization": "none (float32)" if is_random else _number_format(section.checkpoint),
         "dispatch": section.dispatch_dtype,
         "MTP drafts": f"{drafts} per step" if drafts else "off",
     }
 
 
-def _quantization(config: RunConfig) -> str:
-    """What config.json of the checkpoint says of its numbers."""
-    if config.model.checkpoint == "random":
-        return "none (float32)"
+def _number_format(directory: str) -> str:
+    """How a checkpoint is quantized, or the dtype of its floats."""
     try:
-        told: dict[str, Any] = json.loads((Path(config.model.checkpoint) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        _, quantization = read_config(directory)
+        if quantization is not None:
+            return QUANT_METHOD
+        dtype = read_headers(directory)["model.embed_tokens.weight"].dtype
+    except (ModelConfigError, WeightsError, KeyError):  # it may be elsewhere: the endpoint's own, behind --base-url
         return "unknown"
-    quantization = told.get("quantization_config")
-    if isinstance(quantization, dict):
-        return str(quantization.get("quant_method", "yes"))
-    return f"none ({told.get('torch_dtype', 'float32')})"
+    return f"none ({_DTYPE_NAMES.get(dtype, dtype)})"
 
 
 def _result(asked: Asked, settings: AskSettings, subject: Mapping[str, str]) -> EvaluationResult:

@@ -1,10 +1,11 @@
 """All figures of docs/performance.md: `make bench`."""
 
-from tests.bench import bench_all_to_all, bench_serving, bench_simulate
+from tests.bench import bench_all_to_all, bench_serving, bench_simulate, bench_trained
 
 for title, bench in (
     ("simulate", bench_simulate),
     ("live cluster against transformers", bench_serving),
+    ("the trained model: drafts, INT8, training", bench_trained),
     ("all-to-all between processes", bench_all_to_all),
 ):
     print(f"\n== {title}", flush=True)

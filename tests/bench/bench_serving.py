@@ -32,11 +32,11 @@ PORT = 18427
 
 
 @contextlib.contextmanager
-def served(*settings: str) -> Iterator[str]:
+def served(*settings: str, port: int = PORT) -> Iterator[str]:
     """A `supernode serve laptop` of its own process, ready; prints how long the first token took."""
-    url = f"http://127.0.0.1:{PORT}"
+    url = f"http://127.0.0.1:{port}"
     started = time.perf_counter()
-    command = [sys.executable, "-m", "serving.cli", "serve", "laptop", "--port", str(PORT)]
+    command = [sys.executable, "-m", "serving.cli", "serve", "laptop", "--port", str(port)]
     server = subprocess.Popen([*command, *(part for s in settings for part in ("--set", s))], stderr=subprocess.DEVNULL)
     try:
         body = json.dumps({"model": "mini-r1", "prompt": [40, 41, 42], "max_tokens": 1, "ignore_eos": True}).encode()

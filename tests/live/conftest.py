@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 import httpx
 import pytest
 
-from model.checkpoint import write_random_checkpoint
 from model.reference import ReferenceModel, Sampling
 from serving.config_file import load_config
 from tests.live.launches import Launch, eventually, held, noise, settings
@@ -56,12 +55,10 @@ def url(live: Launch) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[int]]:
-    """Tokens of plain single-process generation with the weights that every preset draws from its seed."""
+def reference() -> Callable[..., list[int]]:
+    """Tokens of plain single-process generation with the weights that every preset serves."""
     config = load_config("laptop")
-    folder = tmp_path_factory.mktemp("checkpoint")
-    write_random_checkpoint(folder, config.shape, config.seed)
-    model = ReferenceModel(config.shape, folder)
+    model = ReferenceModel(config.shape, config.model.checkpoint)
     known: dict[tuple[object, ...], list[int]] = {}
 
     def generate(prompt: Sequence[int], num_tokens: int, **sampling: object) -> list[int]:

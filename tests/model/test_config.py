@@ -68,6 +68,10 @@ def test_a_field_out_of_range_is_named_with_its_value_and_limit(changes, message
             "rope_scaling.factor: 0.5 is below 1.0",
         ),
         ({"hidden_size": None}, "hidden_size: None is not an integer"),
+        ({"rope_parameters": 3}, "rope_parameters: 3 is not a mapping"),
+        ({"rope_scaling": 3}, "rope_scaling: 3 is not a mapping"),
+        ({"rope_scaling": False}, "rope_scaling: False is not a mapping"),
+        ({"rope_scaling": ["yarn"]}, r"rope_scaling: \['yarn'\] is not a mapping"),
     ],
 )
 def test_a_config_file_that_asks_for_something_else_is_refused(changes, message, base_config):
@@ -95,6 +99,13 @@ def test_the_spelling_of_transformers_5_reads_as_the_published_one(base_config):
     assert ModelConfig.from_dict(raw) == base_config
     raw["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0}
     assert ModelConfig.from_dict(raw) == dataclasses.replace(base_config, rope_scaling=None, rope_theta=500.0)
+
+
+def test_rope_fields_may_be_null(base_config):
+    raw = {**base_config.to_dict(), "rope_parameters": None}
+    assert ModelConfig.from_dict(raw) == base_config
+    raw["rope_scaling"] = None
+    assert ModelConfig.from_dict(raw) == dataclasses.replace(base_config, rope_scaling=None)
 
 
 def test_yarn_without_extension_has_no_temperature():

@@ -1,7 +1,9 @@
 """Reading checkpoints: what a rank takes, and what is wrong with a file is named."""
 
 import json
+import os
 import shutil
+import stat
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from model.layout import make_layouts, uniform_placement
-from model.weights import WeightsError, load_rank_weights, save_weights
+from model.weights import WeightsError, load_rank_weights, save_weights, write_tensors
 
 
 @pytest.fixture
@@ -106,6 +108,29 @@ def test_saved_weights_are_the_loaded_ones_bit_for_bit(changes, make_config, che
     assert set(before) == set(after)
     for name, tensor in before.items():
         np.testing.assert_array_equal(after[name], tensor, err_msg=name)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_who_can_read_the_file_is_up_to_the_umask(mask, mode, base_config, checkpoint_of, tmp_path):
+    (layout,) = make_layouts(base_config, world_size=1, max_num_tokens=8)
+    weights = load_rank_weights(checkpoint_of(base_config), base_config, layout)
+    (tmp_path / "model.safetensors.part").write_text("left by a process that was killed")
+    before = os.umask(mask)
+    try:
+        save_weights(tmp_path, base_config, weights)
+    finally:
+        os.umask(before)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == mode
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    write_tensors(tmp_path / "model.safetensors", {"a": torch.ones(2)})
+    shared = torch.zeros(2)
+    with pytest.raises(RuntimeError, match="share memory"):
+        write_tensors(tmp_path / "model.safetensors", {"a": shared, "b": shared})
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    assert load_file(tmp_path / "model.safetensors")["a"].tolist() == [1.0, 1.0]
 
 
 def test_weights_of_one_rank_among_several_are_not_saved_as_a_whole(base_config, checkpoint_of, tmp_path):

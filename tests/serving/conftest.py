@@ -97,7 +97,7 @@ def make_config(config_folder: Path) -> MakeConfig:
     def make(name: str, *overrides: str) -> RunConfig:
         if (config_folder / f"{name}.yaml").exists():
             return load_config(str(config_folder / f"{name}.yaml"), overrides)
-        plain = ("model.max_model_len=256", "speculative.num_speculative_tokens=0")
+        plain = ("model.checkpoint=random", "model.max_model_len=256", "speculative.num_speculative_tokens=0")
         return load_config(name, (f"model.config={config_folder / 'small.yaml'}", *plain, *overrides))
 
     return make

@@ -1,6 +1,7 @@
 """Configurations: every shipped one loads, and every mistake is told by file, key, value and limit."""
 
 import copy
+import json
 import math
 import os
 import subprocess
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from devices.spec import SupernodeSpec
 from model.config import ModelConfig
 from serving.build import build_cluster, host_plans, npu_worker_plans
-from serving.config_file import load_config, load_part, presets
+from serving.config_file import load_config, load_part, presets, shipped_checkpoints
 from serving.core.event_log import EventLog
 from serving.errors import ConfigError
 from serving.plan import check_plan, format_plan
@@ -38,6 +39,9 @@ def write(folder: Path, content: object, name: str = "run.yaml") -> str:
     path = folder / name
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
     return str(path)
+
+
+SHIPPED = shipped_checkpoints()["mini-r1"]
 
 
 def preset(name: str = "laptop") -> dict:
@@ -127,10 +131,6 @@ def test_a_typo_in_any_key_is_refused(name, tmp_path_factory, data, typo):
         ),
         ("instances.decode.max_num_seqs=65", "instances.decode.max_num_seqs: 65 exceeds max_num_batched_tokens 64"),
         (
-            "model.max_model_len=4096",
-            "model.max_model_len: 4096 exceeds max_position_embeddings 2048 of model/mini-r1.yaml",
-        ),
-        (
             "workload.output_len=1000",
             "workload.input_len: 128 + output_len 1000, up to 1410 tokens with range_ratio 0.25, exceeds "
             "model.max_model_len 1024",
@@ -184,7 +184,7 @@ def test_a_typo_in_any_key_is_refused(name, tmp_path_factory, data, typo):
         ("seed", "--set 'seed': expected a.b=value"),
         ("=3", "--set '=3': expected a.b=value"),
         ("seed=[", "--set 'seed=[': '[' is not a YAML value"),
-        ("model.config.x=1", "--set 'model.config.x=1': 'config' is not a section"),
+        ("model.checkpoint.x=1", "--set 'model.checkpoint.x=1': 'checkpoint' is not a section"),
         ("seed={a: 1, a: 2}", "line 1: duplicate key 'a'"),
         ("seed={[a]: 1}", "line 1: ['a'] cannot be a key"),
         ("nonsense.x=1", "nonsense: unknown key"),
@@ -193,6 +193,12 @@ def test_a_typo_in_any_key_is_refused(name, tmp_path_factory, data, typo):
 )
 def test_a_mistake_is_told_by_key_value_and_limit(override, message):
     assert refusal(override).startswith(message)
+
+
+def test_a_context_beyond_the_models_positions_is_refused():
+    blocks = [f"instances.{role}.num_blocks=1024" for role in ("prefill", "decode")]
+    message = refusal("model.max_model_len=8192", *blocks)
+    assert message == f"model.max_model_len: 8192 exceeds max_position_embeddings 4096 of {SHIPPED}/config.json"
 
 
 def test_a_die_that_the_machine_does_not_have_is_refused(tmp_path):
@@ -273,8 +279,9 @@ def test_parts_are_found_beside_the_file_first_and_then_among_the_shipped(tmp_pa
     folder = tmp_path / "elsewhere"
     (folder / "model").mkdir(parents=True)
     content = preset()
+    content["model"] |= {"checkpoint": "random", "config": "model/mini-r1.yaml"}
     path = write(folder, content)
-    assert load_config(path).shape.num_hidden_layers == 6
+    assert load_config(path).shape.num_hidden_layers == 5
     model = yaml.safe_load((CONFIGS / "model" / "mini-r1.yaml").read_text())
     write(folder / "model", model | {"num_hidden_layers": 4}, "mini-r1.yaml")
     config = load_config(path)
@@ -294,6 +301,16 @@ def test_a_checkpoint_is_found_beside_the_file(tmp_path):
     content = preset()
     content["model"]["checkpoint"] = "weights"
     assert load_config(write(tmp_path, content)).model.checkpoint == str(tmp_path / "weights")
+
+
+def test_a_checkpoint_brings_its_shape_and_a_shipped_one_has_a_name(tmp_path):
+    config = load_config("laptop")
+    assert config.model.checkpoint == str(SHIPPED)
+    assert config.shape == ModelConfig.from_file(SHIPPED / "config.json")
+    shape = json.loads((SHIPPED / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    assert load_config("laptop", [f"model.checkpoint={tmp_path}"]).shape.num_hidden_layers == 3
+    assert "nor shipped (mini-r1)" in refusal("model.checkpoint=mini-r2")
 
 
 def test_overrides_are_applied_in_order_and_before_the_checks():

@@ -81,12 +81,19 @@ def test_relative_load_is_one_on_average_and_zero_without_load():
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(("--kinds", "poetry"), ("--kinds: 'poetry'", "story")), (("--kinds", ""), ("--kinds: ''",))],
+    [(("--kinds", "poetry"), ("--kinds: 'poetry'", "story")), (("--kinds", ""), ("--kinds: is empty", "story"))],
 )
 def test_an_unknown_kind_is_told_in_one_line(supernode, checkpoint, tmp_path, arguments, words):
     code, out, err = supernode(checkpoint, tmp_path, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert all(word in err for word in words)
+
+
+def test_a_directory_that_cannot_be_made_is_told_before_measuring(supernode, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.expert_load.measure_expert_load", None)
+    (tmp_path / "file").write_text("")
+    code, out, err = supernode(checkpoint, tmp_path / "file" / "out")
+    assert (code, out, err) == (2, "", f"error: {tmp_path}/file/out: Not a directory\n")
 
 
 def test_a_directory_without_a_checkpoint_is_told_in_one_line(supernode, tmp_path):

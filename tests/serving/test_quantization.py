@@ -117,7 +117,7 @@ def test_a_result_tells_sizes_errors_and_switches(supernode, checkpoint, tmp_pat
     }  # fmt: skip
     sizes = result["file_bytes"]
     assert sizes["after"] == (tmp_path / "out" / "model.safetensors").stat().st_size < 0.5 * sizes["before"]
-    assert list(result["weight_error_by_layer"]) == ["0", "1", "2"]
+    assert list(result["weight_error_by_layer"]) == ["0", "1", "2", "3"]
     assert all(error < 0.02 for error in result["weight_error_by_layer"].values())
     assert 0.5 < result["fidelity"]["top1_agreement"] <= 1
 
@@ -139,6 +139,14 @@ def test_the_table_has_the_float_model_as_its_measure(supernode, checkpoint, tmp
     assert all(f"\n{name} " in out for name in names)
 
 
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(supernode, checkpoint, tmp_path):
+    result = tmp_path / "no" / "out.json"
+    code, out, err = supernode("quantize", checkpoint, tmp_path / "new", "--json", result)
+    assert (code, out) == (2, "")
+    assert "cannot be written" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -153,7 +161,6 @@ def test_the_table_has_the_float_model_as_its_measure(supernode, checkpoint, tmp
             "file.txt: 1 lines of text, at least 2 are needed",
         ),
         (("{checkpoint}", "{tmp}/new", "--calibration", "{tmp}/nowhere"), "--calibration: "),
-        (("{checkpoint}", "{tmp}/new", "--json", "{tmp}/no/out.json"), "--json: "),
         (("{int8}", "{tmp}/new"), "quantization_config: the checkpoint is INT8 already"),
     ],
     ids=str,

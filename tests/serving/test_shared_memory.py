@@ -318,7 +318,7 @@ def test_an_existing_path_is_refused_and_left_alone(folder: Path) -> None:
 
 
 def test_another_specification_is_refused(folder: Path) -> None:
-    spec, other = make_spec(folder, timeout_s=0.5), make_spec(folder, timeout_s=0.5, epoch=1)
+    spec, other = make_spec(folder, timeout_s=5.0), make_spec(folder, timeout_s=5.0, epoch=1)
     errors = in_threads(lambda: SharedMemoryExchange(spec, 0), lambda: SharedMemoryExchange(other, 1))
     assert isinstance(errors[0], CollectiveTimeout)
     assert isinstance(errors[1], RanksOutOfStep)

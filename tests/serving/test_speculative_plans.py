@@ -1,6 +1,7 @@
 """Speculative decoding off the devices: configuration, memory, bytes, charged time, drawn acceptance, decisions."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -34,7 +35,20 @@ def test_a_model_without_an_mtp_module_is_refused_by_name(config_folder):
         assert load_config(run, (f"{field}={plain}",))
         with pytest.raises(ConfigError, match="num_speculative_tokens: 1 needs an MTP module") as error:
             load_config(run, (f"{field}={plain}", ON))
-        assert f"{field} {plain} has num_nextn_predict_layers 0" in str(error.value)
+        source = f"timing.model {plain}" if field == "timing.model" else str(plain)
+        assert f"; {source} has num_nextn_predict_layers 0" in str(error.value)
+
+
+def test_a_checkpoint_without_an_mtp_module_is_refused_by_its_own_file(config_folder, checkpoint, tmp_path):
+    values = json.loads((checkpoint / "config.json").read_text()) | {"num_nextn_predict_layers": 0}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    run, overrides = config_folder / "bare.yaml", (f"model.checkpoint={tmp_path}", ON)
+    content = yaml.safe_load((config_folder / "colocated.yaml").read_text())
+    del content["model"]["config"]
+    run.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError) as error:
+        load_config(str(run), overrides)
+    assert f"; {tmp_path}/config.json has num_nextn_predict_layers 0" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """From a float checkpoint to an INT8 one that every arrangement of ranks computes alike."""
 
 import json
+import os
+import shutil
+import stat
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from model.config import ModelConfig
 from model.layout import make_layouts, uniform_placement
 from model.quantization import ablation, names
 from model.quantization.calibration import PlainModel, record_inputs
+from model.quantization.model_card import model_card
 from model.quantization.quantize import Techniques, quantize_tensors, read_float_checkpoint
 from model.quantization.samples import self_generated
 from model.quantization.scales import search_scales
@@ -129,8 +133,9 @@ def test_scales_change_nothing_before_rounding(base_config, tensors, sequences):
     scaled["model.layers.1.post_attention_layernorm.weight"] = spike(tensors, "post_attention_layernorm", 1)
     before = {name: tensor.clone() for name, tensor in scaled.items()}
     statistics = record_inputs(base_config, scaled, sequences[:2])
-    chosen = search_scales(base_config, scaled, statistics)
-    assert chosen["model.layers.1.mlp.experts.0.gate_proj"] is not None
+    search_scales(base_config, scaled, statistics)
+    name = "model.layers.1.mlp.experts.0.gate_proj.weight"
+    assert not torch.equal(scaled[name], before[name])
     model = PlainModel(base_config, TensorDict(before), max_len=48, with_mtp=True)
     same = PlainModel(base_config, TensorDict(scaled), max_len=48, with_mtp=True)
     for wanted, found in (
@@ -178,6 +183,38 @@ def test_half_precision_checkpoints_keep_their_large_tensors_small(base_config, 
     assert written["lm_head.weight"].dtype == torch.bfloat16
     assert written["model.layers.1.mlp.gate.weight"].dtype == torch.float32
     ReferenceModel(ModelConfig.from_file(tmp_path / "out/config.json"), tmp_path / "out").generate([9], 2)
+
+
+def test_the_model_card_is_the_int8_checkpoints_own(base_config, checkpoint_of, tensors, sequences, tmp_path):
+    from model.quantization.quantize import write_checkpoint
+
+    source, target = tmp_path / "tiny", tmp_path / "tiny-int8"
+    shutil.copytree(checkpoint_of(base_config), source)
+    (source / "README.md").write_text("---\nlicense: mit\ntags:\n- x\n---\n\n# tiny\n\n![Loss](loss_curve.png) 98.7\n")
+    model = quantize_tensors(base_config, tensors, sequences[:1], Techniques(clipping=False))
+    before = os.umask(0o022)
+    try:
+        write_checkpoint(source, target, model)
+    finally:
+        os.umask(before)
+    card = (target / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlicense: mit\nlibrary_name: supernode-infer\n")
+    assert "# tiny in INT8\n" in card
+    assert "model.checkpoint=tiny-int8 --set model.quantization=int8" in card
+    assert [word in card for word in ("- rotation:", "- scale search:", "- clipping:", "- compensation:")] == [
+        True, True, False, True
+    ]  # fmt: skip
+    assert card.count("`model.layers.N.self_attn.kv_b_proj`") == 1
+    assert not any(word in card for word in ("98.7", "loss_curve", str(tmp_path)))
+    assert max(map(len, card.splitlines())) <= 120
+    assert {stat.S_IMODE(file.stat().st_mode) for file in target.iterdir()} == {0o644}
+
+
+def test_the_model_card_of_a_plain_checkpoint_without_a_card(tmp_path):
+    card = model_card(tmp_path / "tiny", tmp_path / "out", QuantizationConfig(ignore=("lm_head",)))
+    assert card.startswith("---\nlibrary_name: supernode-infer\n")
+    assert "- nothing\n" in card
+    assert "whose card names none" in card
 
 
 def test_an_int8_checkpoint_is_not_quantized_again(int8_checkpoint):

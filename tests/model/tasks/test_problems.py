@@ -8,7 +8,8 @@ import pytest
 
 from model.tasks.arithmetic import add_columns, multiply_digit
 from model.tasks.generator import KINDS, generate
-from model.tasks.problem import LEVELS, Problem
+from model.tasks.problem import LEVELS, Problem, Split
+from tests.problem_content import Content, content_of
 
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
@@ -88,15 +89,30 @@ def test_column_addition_is_written_as_on_paper():
     assert multiply_digit(47, 6) == ("47*6:\n7*6+0=42\n4*6+4=28\n=282", 282)
 
 
-def test_a_key_decides_the_split_and_splits_share_no_question():
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_content_is_in_both_splits_whatever_its_wording(kind):
+    """At the levels with the fewest problems, so that most contents are drawn in several wordings."""
+    rng = Random(kind)
+    wordings: dict[Content, set[str]] = {}
+    contents: dict[Split, set[Content]] = {"train": set(), "test": set()}
+    for split, count in (("train", 4000), ("test", 1000)):
+        for level in (1, 2) * (count // 2):
+            problem = generate(rng, split, kinds=[kind], levels=[level])
+            content = content_of(problem.question)
+            assert (problem.split, content[0]) == (split, kind)
+            contents[split].add(content)
+            wordings.setdefault(content, set()).add(problem.question)
+    assert contents["train"].isdisjoint(contents["test"])
+    assert kind == "weekday" or max(map(len, wordings.values())) > 1
+
+
+def test_a_key_is_a_content():
     rng = Random(3)
-    questions: dict[str, set[tuple[str, str]]] = {"train": set(), "test": set()}
-    for split, seen in questions.items():
-        for _ in range(4000):
-            problem = generate(rng, split)
-            assert problem.split == split
-            seen.add((problem.kind, problem.key))
-    assert not questions["train"] & questions["test"]
+    contents: dict[tuple[str, str], set[Content]] = {}
+    for kind, level in 600 * [(kind, level) for kind in KINDS for level in LEVELS]:
+        problem = KINDS[kind](rng, level)
+        contents.setdefault((problem.kind, problem.key), set()).add(content_of(problem.question))
+    assert {len(found) for found in contents.values()} == {1}
 
 
 def test_operands_in_another_order_are_the_same_problem():

@@ -3,22 +3,26 @@
 import itertools
 from dataclasses import replace
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from model.chat import ASSISTANT, BOS, USER
 from model.collectives import run_lockstep
 from model.latent_cache import LatentCache
 from model.layout import make_layouts
-from model.tasks.generator import generate
+from model.parameters import named_tensors
+from model.tasks.generator import KINDS, generate
 from model.training.held_out import held_out_accuracy
 from model.training.network import Network, initial_weights
 from model.training.optimizer import Optimizer, orthogonalize
 from model.training.samples import draw_batch, draw_sample, encode_sample, pack
 from model.training.settings import TrainingSettings
-from model.training.trainer import ResumeError, Trainer, named_tensors
+from model.training.trainer import ResumeError, Trainer
 from model.transformer import Transformer
+from tests.problem_content import content_of
 
 
 @pytest.fixture
@@ -118,6 +122,22 @@ def test_batches_are_a_function_of_seed_step_and_shard(corpus_tokenizer):
     assert ids(0, 1, 0) != ids(1, 1, 0)
 
 
+def test_no_conversation_asks_a_held_out_problem(corpus_tokenizer):
+    """Earlier turns included, and whatever the wording."""
+    asked, num_samples = [], 0
+    for step in range(12):
+        batch = draw_batch(0, step, 0, corpus_tokenizer, num_tokens=4096, max_tokens=1024)
+        text = corpus_tokenizer.decode(batch.token_ids.tolist(), skip_special_tokens=False)
+        num_samples += text.count(BOS)
+        asked += [turn.split(ASSISTANT)[0] for turn in text.split(USER)[1:]]
+    contents = {content_of(question) for question in asked}
+    assert len(asked) > 1.1 * num_samples, "earlier turns are among them"
+    assert {content[0] for content in contents} == set(KINDS)
+    rng = Random(5)
+    held_out = {content_of(generate(rng, "test", levels=[level]).question) for level in (1, 2, 3) * 2000}
+    assert contents.isdisjoint(held_out)
+
+
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (5, 16, 8)])
 def test_orthogonalize_brings_singular_values_near_one(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -179,11 +199,19 @@ def test_the_bias_moves_toward_idle_experts(tiny_training_config, tiny_settings,
     trainer = Trainer(tiny_training_config, tiny_settings, corpus_tokenizer)
     biases = [tensor for name, tensor in named_tensors(trainer.weights) if name.endswith("gate_bias")]
     assert len(biases) == tiny_training_config.num_moe_layers + 1, "the MTP module's gate is balanced, too"
+    s, network = tiny_settings, Network(tiny_training_config, initial_weights(tiny_training_config, tiny_settings.seed))
+    counts = 0
+    for shard in range(s.num_shards):
+        batch = draw_batch(
+            s.seed, 0, shard, corpus_tokenizer, num_tokens=s.tokens_per_shard, max_tokens=s.max_sample_tokens
+        )
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            counts = counts + network.losses(batch).expert_counts
     trainer.run_step()
-    rate = tiny_settings.balance_rate
-    for bias in biases:
-        assert set(np.round(bias.numpy() / rate).tolist()) <= {-1.0, 0.0, 1.0}
-        assert bool((bias != 0).any())
+    for bias, chosen in zip(biases, counts.float(), strict=True):
+        direction = torch.sign(chosen.mean() - chosen)
+        assert {-1.0, 1.0} <= set(direction.tolist()), "some experts are idle, some busy"
+        assert torch.equal(bias, s.balance_rate * direction)
 
 
 def test_held_out_accuracy_counts_whole_replies(tiny_training_config, corpus_tokenizer):
@@ -191,3 +219,46 @@ def test_held_out_accuracy_counts_whole_replies(tiny_training_config, corpus_tok
     accuracy = held_out_accuracy(Network(tiny_training_config, weights), weights, corpus_tokenizer, per_kind=3)
     assert set(accuracy.by_kind.values()) == {0.0}, "an untrained model reproduces nothing"
     assert accuracy.mean == 0.0
+
+
+class Clairvoyant:
+    """A network whose hidden states tell the next token to `codes`, except at the `wrong` learned rows of one kind."""
+
+    def __init__(self, codes, wrong, kind):
+        self.codes, self.wrong, self.kind = codes, wrong, kind
+        self.kinds = iter(KINDS)
+
+    def hidden_states(self, batch):
+        following = batch.token_ids.roll(-1)
+        if next(self.kinds) == self.kind:
+            following[torch.as_tensor(self.wrong(batch), dtype=torch.long)] += 1
+        return self.codes[following], None
+
+
+def replies_of(batch):
+    """Learned rows of every sample."""
+    starts = (batch.positions == 0).cumsum(0)[batch.learned_rows]
+    return [batch.learned_rows[starts == sample] for sample in starts.unique()]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "num_right"),
+    [
+        (lambda batch: [], 5),
+        (lambda batch: [row for row in range(len(batch.positions)) if row not in set(batch.learned_rows.tolist())], 5),
+        (lambda batch: replies_of(batch)[0][0], 4),
+        (lambda batch: replies_of(batch)[2][9], 4),
+        (lambda batch: replies_of(batch)[4][-1], 4),
+        (lambda batch: replies_of(batch)[1], 4),
+        (lambda batch: [replies_of(batch)[1][3], replies_of(batch)[3][3]], 3),
+        (lambda batch: batch.learned_rows, 0),
+    ],
+    ids=["none", "all of the questions", "first token", "middle", "end of text", "whole reply", "two replies", "all"],
+)
+def test_one_wrong_token_makes_one_reply_wrong(tiny_training_config, corpus_tokenizer, wrong, num_right):
+    ids = torch.arange(tiny_training_config.vocab_size)
+    codes = (ids.unsqueeze(1) >> torch.arange(11)) % 2 * 2.0 - 1.0  # binary, so that each is most like itself
+    network = Clairvoyant(codes, wrong, "sorting")
+    accuracy = held_out_accuracy(network, SimpleNamespace(lm_head=codes), corpus_tokenizer, per_kind=5)
+    assert accuracy.by_kind == pytest.approx(dict.fromkeys(KINDS, 1.0) | {"sorting": num_right / 5})
+    assert accuracy.mean == pytest.approx((10 + num_right / 5) / 11)

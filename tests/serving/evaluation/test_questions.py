@@ -8,6 +8,7 @@ from model.tasks.generator import KINDS, generate
 from model.tasks.problem import LEVELS
 from serving.errors import ConfigError
 from serving.evaluation.questions import EXTRA_GROUPS, draw_questions
+from tests.problem_content import content_of
 
 
 def by_group(questions):
@@ -21,12 +22,12 @@ def by_group(questions):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_held_out_problem_is_among_those_of_training(kind, level):
     asked = draw_questions(num_problems=60, kinds=[kind], levels=[level])
-    held_out = {(q.problem.kind, q.problem.key) for q in asked}
+    held_out = {content_of(q.problem.question) for q in asked}
     rng = Random(1)
-    trained = [generate(rng, "train", kinds=[kind], levels=LEVELS) for _ in range(1500)]
-    assert held_out
+    trained = {content_of(generate(rng, "train", kinds=[kind], levels=[level]).question) for _ in range(4000)}
+    assert {content[0] for content in held_out} == {kind}
     assert all(q.problem.split == "test" for q in asked)
-    assert held_out.isdisjoint((problem.kind, problem.key) for problem in trained)
+    assert held_out.isdisjoint(trained)
 
 
 def test_every_kind_and_every_extra_group_is_asked_as_often():

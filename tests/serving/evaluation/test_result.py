@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from model.quantization_config import QuantizationConfig
+from serving.config_file import load_config
 from serving.evaluation.report import format_result
 from serving.evaluation.result import EvaluationResult
 from serving.evaluation.run import describe
@@ -103,17 +105,24 @@ def test_random_weights_are_called_random(make_config):
     }
 
 
-@pytest.mark.parametrize(
-    ("told", "shown"),
-    [
-        ({"torch_dtype": "bfloat16"}, "none (bfloat16)"),
-        ({"quantization_config": {"quant_method": "int8"}}, "int8"),
-        (None, "unknown"),
-    ],
-)
-def test_a_checkpoint_tells_its_number_format(make_config, tmp_path, told, shown):
-    if told is not None:
-        (tmp_path / "config.json").write_text(json.dumps(told))
-    described = describe(make_config("colocated", f"model.checkpoint={tmp_path}", "model.dispatch_dtype=int8"))
-    assert (described["checkpoint"], described["quantization"]) == (str(tmp_path), shown)
+def test_a_checkpoint_tells_its_name_and_number_format(make_config, checkpoint, tmp_path):
+    described = describe(make_config("colocated", f"model.checkpoint={checkpoint}", "model.dispatch_dtype=int8"))
+    assert (described["checkpoint"], described["quantization"]) == (checkpoint.name, "none (float32)")
     assert described["dispatch"] == "int8"
+    told = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    config = make_config("colocated", f"model.checkpoint={tmp_path}")
+    assert describe(config)["quantization"] == "unknown"  # no weights
+    told["quantization_config"] = QuantizationConfig().to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert describe(config)["quantization"] == "supernode-int8"
+
+
+def test_a_shipped_checkpoint_is_told_by_its_name_and_drafts_are_counted():
+    described = describe(load_config("laptop", ("model.checkpoint=mini-r1", "speculative.num_speculative_tokens=1")))
+    assert described == {
+        "checkpoint": "mini-r1",
+        "quantization": "none (bfloat16)",
+        "dispatch": "float32",
+        "MTP drafts": "1 per step",
+    }
