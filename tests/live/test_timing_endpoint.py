@@ -18,7 +18,10 @@ KEY = {"Authorization": "Bearer sesame"}
 @pytest.fixture(scope="module")
 def mock():
     """A server with room for 8 requests and a queue of 4, ten times as fast as the machine."""
-    overrides = ("instances.decode.npus=2", "instances.decode.max_num_seqs=4", "scheduler.max_queued_requests=4")
+    overrides = (
+        *("instances.decode.npus=2", "instances.decode.max_num_seqs=4", "scheduler.max_queued_requests=4"),
+        "model.checkpoint=random",  # its tokenizer makes a token of every byte
+    )
     launch = Launch(
         *("serve", "laptop", "--shards", "timing", "--port", "0", "--api-key", "sesame"),
         *settings(*overrides, "clock.scale=0.1"),
