@@ -12,6 +12,7 @@ from model.tasks.generator import KINDS, generate
 from model.tasks.problem import Problem
 from model.tokenizer import Tokenizer
 from serving.config_file import load_config
+from serving.spec_decode import parse_counters, stats_between
 from tests.live.launches import PATIENCE_S, Launch, settings
 
 pytestmark = pytest.mark.ray
@@ -88,13 +89,9 @@ def test_drafts_change_no_token(replies):
 
 
 def test_most_drafts_are_accepted(replies):
-    counts = {
-        name: float(line.rsplit(" ", 1)[1])
-        for line in replies["drafted metrics"].splitlines()
-        for name in ("num_draft_tokens", "num_accepted_tokens")
-        if line.startswith(f"vllm:spec_decode_{name}_total")
-    }
-    assert counts["num_accepted_tokens"] > 0.8 * counts["num_draft_tokens"] > 0
+    stats = stats_between({}, parse_counters(replies["drafted metrics"]))
+    assert stats is not None
+    assert stats.num_accepted_tokens > 0.8 * stats.num_drafts > 0
 
 
 def test_it_reasons(replies, problems):
