@@ -88,8 +88,8 @@ def write_random_checkpoint(directory: str | Path, config: ModelConfig, seed: in
     directory.mkdir(parents=True, exist_ok=True)
     save_file(random_tensors(config, seed), directory / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(directory / "tokenizer.json")
-    _write_json(directory / "config.json", config.to_dict())
-    _write_json(
+    write_json(directory / "config.json", config.to_dict())
+    write_json(
         directory / "generation_config.json",
         {
             "bos_token_id": config.bos_token_id,
@@ -99,7 +99,7 @@ def write_random_checkpoint(directory: str | Path, config: ModelConfig, seed: in
             "top_p": 0.95,
         },
     )
-    _write_json(
+    write_json(
         directory / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -152,5 +152,6 @@ def _norm(name: str, size: int) -> TensorSpec:
     return TensorSpec(name=name, shape=(size,), std=_NORM_STD, mean=1.0)
 
 
-def _write_json(path: Path, content: dict[str, object]) -> None:
+def write_json(path: Path, content: dict[str, object]) -> None:
+    """Write one of a checkpoint's JSON files, readable for people."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -24,7 +24,7 @@ from serving.arrivals import generator_for
 from serving.bench_client import BenchClient, RenderText
 from serving.bench_config import BenchConfig
 from serving.bench_stream import StreamRecorder
-from serving.client_process import Progress, run_until_interrupt
+from serving.client_process import Progress, is_interrupted, run_until_interrupt
 from serving.errors import ConfigError
 from serving.records import RequestRecord
 from serving.report import BenchResult, RunInfo, needed_percentiles
@@ -48,17 +48,7 @@ async def run_bench(
     interrupted. `render_text` turns token ids into a prompt where text is sent; by default a word per token.
     """
     run = _Run(config, workload, render_text)
-    work = asyncio.create_task(run.drive())
-    stopper = asyncio.create_task((stop or asyncio.Event()).wait())
-    try:
-        await asyncio.wait((work, stopper), return_when=asyncio.FIRST_COMPLETED)
-        interrupted = not work.done()
-    finally:
-        work.cancel()
-        stopper.cancel()
-        await asyncio.gather(work, stopper, return_exceptions=True)
-    if not work.cancelled() and (error := work.exception()) is not None:
-        raise error
+    interrupted = await is_interrupted(run.drive(), stop or asyncio.Event())
     return run.result(interrupted=interrupted)
 
 

@@ -10,9 +10,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from multiprocessing.connection import Connection
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -80,6 +80,22 @@ async def run_in_process(work: Work[Result]) -> Result:
     if not results:
         raise ServingError(f"client of the endpoint: {error}")
     return results[0]
+
+
+async def is_interrupted(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
+    """Run `work` to its end, or give it up when `stop` is set: True. Raises what `work` raises."""
+    task = asyncio.create_task(work)
+    stopper = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((task, stopper), return_when=asyncio.FIRST_COMPLETED)
+        interrupted = not task.done()
+    finally:
+        task.cancel()
+        stopper.cancel()
+        await asyncio.gather(task, stopper, return_exceptions=True)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        raise error
+    return interrupted
 
 
 def run_until_interrupt(work: Work[Result]) -> Result:

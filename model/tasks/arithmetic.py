@@ -50,7 +50,7 @@ def multiply_digit(a: int, digit: int) -> tuple[str, int]:
 
 def addition(rng: Random, level: int) -> Problem:
     """Two numbers of up to 2, 3 or 4 digits."""
-    a, b = number(rng, rng.randint(max(level, 1), level + 1)), number(rng, rng.randint(max(level, 1), level + 1))
+    a, b = number(rng, rng.randint(level, level + 1)), number(rng, rng.randint(level, level + 1))
     text, total = add_columns(a, b)
     question = rng.choice(
         (f"What is {a} + {b}?", f"Add {a} and {b}.", f"Compute {a} + {b}.", f"What is the sum of {a} and {b}?")
@@ -74,7 +74,7 @@ def subtraction(rng: Random, level: int) -> Problem:
     3-2-1=0,0
     =062
     """
-    a, b = number(rng, rng.randint(max(level, 1), level + 1)), number(rng, rng.randint(max(level, 1), level + 1))
+    a, b = number(rng, rng.randint(level, level + 1)), number(rng, rng.randint(level, level + 1))
     a, b = max(a, b), min(a, b)
     width = len(str(a))
     borrow, lines = 0, [f"{a}-{b}:"]

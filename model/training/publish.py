@@ -6,7 +6,6 @@ Source: files of deepseek-ai/DeepSeek-R1 on the hub; model cards as the hub desc
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from model.chat import BOS, EOS, PAD
+from model.checkpoint import write_json
 from model.config import ModelConfig
 from model.parameters import RankWeights
 from model.tasks.generator import KINDS
@@ -50,9 +50,9 @@ def publish(
     loss curve into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     save_weights(directory, config, weights, dtype=torch.bfloat16)
-    _write_json(directory / "config.json", config.to_dict() | {"torch_dtype": "bfloat16"})
+    write_json(directory / "config.json", config.to_dict() | {"torch_dtype": "bfloat16"})
     tokenizer.save(directory / "tokenizer.json")
-    _write_json(
+    write_json(
         directory / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -65,7 +65,7 @@ def publish(
             "chat_template": _CHAT_TEMPLATE,
         },
     )
-    _write_json(
+    write_json(
         directory / "generation_config.json",
         {
             "bos_token_id": config.bos_token_id,
@@ -147,7 +147,3 @@ def _model_card(
         "",
     ]
     return "\n".join(lines)
-
-
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

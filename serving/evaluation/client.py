@@ -19,7 +19,7 @@ from model.chat import THINK_END
 from serving.bench_client import BenchClient
 from serving.bench_config import BenchConfig
 from serving.bench_stream import StreamRecorder
-from serving.client_process import Progress
+from serving.client_process import Progress, is_interrupted
 from serving.errors import ConfigError
 from serving.evaluation.questions import Question
 from serving.records import RequestRecord
@@ -97,21 +97,11 @@ async def ask(settings: AskSettings, questions: Sequence[Question], *, stop: asy
     async with BenchClient(config, Workload(name="evaluation", requests=())) as client:
         await client.wait_until_ready()
         with Progress(total=len(questions), disable=settings.disable_tqdm, file=sys.stderr, unit="problem") as bar:
-            work = asyncio.create_task(_ask_all(client, settings, questions, answers, bar))
-            stopper = asyncio.create_task(stop.wait())
-            try:
-                await asyncio.wait((work, stopper), return_when=asyncio.FIRST_COMPLETED)
-                is_interrupted = not work.done()
-            finally:
-                work.cancel()
-                stopper.cancel()
-                await asyncio.gather(work, stopper, return_exceptions=True)
-        if not is_interrupted:
-            work.result()
+            interrupted = await is_interrupted(_ask_all(client, settings, questions, answers, bar), stop)
         return Asked(
             model=client.model,
             answers=tuple(answers[index] for index in sorted(answers)),
-            is_interrupted=is_interrupted,
+            is_interrupted=interrupted,
             num_not_asked=len(questions) - len(answers),
         )
 
