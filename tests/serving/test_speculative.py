@@ -9,19 +9,12 @@ from model.config import ModelConfig
 from model.reference import ReferenceModel, Sampling
 from serving.local_devices import local_transport
 from tests.drafted import write_drafted_checkpoint
+from tests.sampled_requests import SAMPLED
 
 ON = "speculative.num_speculative_tokens=1"
 GAINS = {"right": 0.0, "mixed": 0.15, "wrong": None}  # of the context; None: random weights
 LENGTHS = ((5, 9), (33, 6), (17, 12), (40, 3), (1, 8), (21, 1), (8, 2))  # of prompt and output
 GREEDY = tuple((f"r{i}", length, i, {"max_tokens": limit}) for i, (length, limit) in enumerate(LENGTHS))
-SAMPLED = (
-    ("r0", 12, 0, {"max_tokens": 10, "temperature": 1.0, "seed": 7}),
-    ("r1", 30, 1, {"max_tokens": 8, "temperature": 0.7, "top_p": 0.8, "seed": 2**64 - 1}),
-    ("r2", 12, 0, {"max_tokens": 10, "temperature": 1.0, "seed": 8}),
-    ("r3", 9, 3, {"max_tokens": 9, "temperature": 2.0, "top_k": 5, "seed": 0}),
-    ("r4", 9, 4, {"max_tokens": 9, "temperature": 0.0}),
-    ("r5", 12, 5, {"max_tokens": 40, "temperature": 2.0, "seed": 5, "ignore_eos": False, "min_tokens": 6}),
-)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from model.config import ModelConfig
 from model.reference import ReferenceModel, Sampling
 from serving.local_devices import local_transport
 from serving.simulator import load_workload, run_in_virtual_time
+from tests.sampled_requests import SAMPLED
 
 LENGTHS = ((5, 9), (33, 6), (17, 12), (40, 3), (1, 8), (21, 1))  # of prompt and output
 GREEDY = tuple((f"r{i}", length, i, {"max_tokens": limit}) for i, (length, limit) in enumerate(LENGTHS))
@@ -168,16 +169,6 @@ def test_tokens_are_the_same_with_prefixes_in_the_instances_own_blocks(check):
 def test_tokens_do_not_depend_on_the_router(check, policy):
     system = check("laptop-2p2d", f"router.policy={policy}", "instances.prefill.prefix_caching=true")
     assert len({line.split("prefill=")[1].split()[0] for line in system.events("place")}) == 2
-
-
-SAMPLED = (
-    ("r0", 12, 0, {"max_tokens": 10, "temperature": 1.0, "seed": 7}),
-    ("r1", 30, 1, {"max_tokens": 8, "temperature": 0.7, "top_p": 0.8, "seed": 2**64 - 1}),
-    ("r2", 12, 0, {"max_tokens": 10, "temperature": 1.0, "seed": 8}),
-    ("r3", 9, 3, {"max_tokens": 9, "temperature": 2.0, "top_k": 5, "seed": 0}),
-    ("r4", 9, 4, {"max_tokens": 9, "temperature": 0.0}),
-    ("r5", 12, 5, {"max_tokens": 40, "temperature": 2.0, "seed": 5, "ignore_eos": False, "min_tokens": 6}),
-)
 
 
 @pytest.mark.parametrize(
