@@ -16,6 +16,7 @@ the statistics are that the experts were placed by. Experts are independent of e
 Shapes: I iterations, L layers, E logical experts (routed), P physical slots, R ranks.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,7 @@ from serving.core.errors import UnfitRequest
 from serving.core.expert_placement import ExpertPlacement, Ids, Loads, balanced_placement, static_placement
 
 Balance = Literal["balanced", "eplb", "none"]
+_MOST_DRIFT = 10.0  # far beyond any use, and weights still have a sum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +39,9 @@ class LoadModel:
     drift: float  # of an iteration's weights around the statistics
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sigma_low <= self.sigma_high < np.inf:
-            raise ValueError(f"sigma_low: {self.sigma_low} must be in [0, sigma_high {self.sigma_high}], both finite")
-        if not 0 <= self.drift < np.inf:
-            raise ValueError(f"drift: {self.drift} must be finite and at least 0")
+        if not 0 <= self.sigma_low <= self.sigma_high < math.inf:
+            raise UnfitRequest(f"sigma_low: {self.sigma_low} must be in [0, sigma_high {self.sigma_high}], both finite")
+        _check_drift(self.drift)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,19 +69,27 @@ class LoadImbalance:
     slot_std_tokens: Loads
 
 
+def shares(load: Loads) -> Loads:
+    """`load` (..., E) over its layer's sum; a layer without load is taken as uniformly loaded."""
+    loads = np.where(load.sum(axis=-1, keepdims=True) > 0, load, 1.0)
+    normed: Loads = loads / loads.sum(axis=-1, keepdims=True)
+    return normed
+
+
 def draw_weights(model: LoadModel, *, num_layers: int, num_experts: int, rng: np.random.Generator) -> Loads:
     """Shares of the experts in a token's choices, as statistics would show them, shape (L, E); a layer's sum is 1."""
     sigmas = rng.uniform(model.sigma_low, model.sigma_high, (num_layers, 1))
-    return _shares(np.exp(sigmas * rng.standard_normal((num_layers, num_experts))))
+    return shares(np.exp(sigmas * rng.standard_normal((num_layers, num_experts))))
 
 
 def drifted(weights: Loads, drift: float, *, rng: np.random.Generator) -> Loads:
     """What one iteration is routed by: each of `weights` (..., E) off by a factor of its own; a layer's sum is 1."""
-    return _shares(weights * np.exp(drift * rng.standard_normal(weights.shape)))
+    _check_drift(drift)
+    return shares(weights * np.exp(drift * rng.standard_normal(weights.shape)))
 
 
 def draw_counts(weights: Loads, *, num_tokens: int, top_k: int, rng: np.random.Generator) -> Ids:
-    """Tokens that choose each expert, shape of `weights` (..., E): none above `num_tokens`, `num_tokens` x `top_k` in all.
+    """Tokens that choose each expert, shape of `weights` (..., E); a layer's sum is `num_tokens` x `top_k`.
 
     Raises UnfitRequest if there are fewer experts than a token chooses.
     """
@@ -91,12 +100,12 @@ def draw_counts(weights: Loads, *, num_tokens: int, top_k: int, rng: np.random.G
         counts = np.minimum(counts, num_tokens)
         # The least weight keeps a layer alive in which all experts with room have none.
         room = np.where(counts < num_tokens, np.maximum(weights, 1e-300), 0.0)
-        counts = counts + rng.multinomial(over.sum(axis=-1), _shares(room))
+        counts = counts + rng.multinomial(over.sum(axis=-1), shares(room))
     return counts
 
 
 def place(statistics: Loads, slots: ExpertSlots, balance: Literal["eplb", "none"]) -> ExpertPlacement:
-    """The placement by `statistics` (L, E), or the one that ignores them. Raises UnfitRequest if sizes do not divide."""
+    """The placement by `statistics` (L, E), or the one without. Raises UnfitRequest if sizes do not divide."""
     num_physical = slots.num_router_slots + slots.num_shared_copies
     if balance == "eplb":
         return balanced_placement(
@@ -141,19 +150,30 @@ def hottest_rank_load(
     placement = place(statistics, slots, balance)
     repeated = np.broadcast_to(statistics, (num_iterations, *statistics.shape))
     weights = drifted(repeated, model.drift if drift is None else drift, rng=rng)
-    return load_imbalance(draw_counts(weights, num_tokens=num_tokens, top_k=slots.top_k, rng=rng), placement)
+    counts = draw_counts(weights, num_tokens=num_tokens, top_k=slots.top_k, rng=rng)
+    return load_imbalance(slot_loads(counts, placement), placement, num_experts=slots.num_experts)
 
 
-def load_imbalance(counts: Loads | Ids, placement: ExpertPlacement) -> LoadImbalance:
-    """Imbalance under the routed tokens `counts` (I, L, E), which divide evenly over an expert's copies."""
-    num_iterations, num_layers, num_experts = counts.shape
+def slot_loads(counts: Loads | Ids, placement: ExpertPlacement) -> Loads:
+    """Load of every slot, (I, L, P), if the routed tokens `counts` (I, L, E) divide evenly over an expert's copies.
+
+    Shared copies have none.
+    """
+    num_iterations, _, num_experts = counts.shape
     is_routed = placement.physical_to_logical < num_experts
-    routed_slots = np.where(is_routed, placement.physical_to_logical, 0)
-    indices = np.broadcast_to(routed_slots, (num_iterations, *routed_slots.shape))
+    experts = np.broadcast_to(np.where(is_routed, placement.physical_to_logical, 0), (num_iterations, *is_routed.shape))
     per_copy = counts / placement.num_copies[:, :num_experts]
-    by_slot = np.where(is_routed, np.take_along_axis(per_copy, indices, axis=2), 0.0)
-    by_rank = by_slot.reshape(num_iterations, num_layers, placement.num_ranks, -1).sum(axis=3)
-    has_routed = is_routed.reshape(num_layers, placement.num_ranks, -1).any(axis=2)
+    loads: Loads = np.where(is_routed, np.take_along_axis(per_copy, experts, axis=2), 0.0)
+    return loads
+
+
+def load_imbalance(by_slot: Loads, placement: ExpertPlacement, *, num_experts: int) -> LoadImbalance:
+    """Imbalance under the loads `by_slot` (I, L, P); slots of shared copies, whose id is `num_experts`, are left out."""
+    num_layers = len(placement.physical_to_logical)
+    is_routed = placement.physical_to_logical < num_experts
+    by_slot = np.where(is_routed, by_slot, 0.0)
+    by_rank = by_slot.reshape(-1, num_layers, placement.num_ranks, by_slot.shape[2] // placement.num_ranks).sum(axis=3)
+    has_routed = np.any(is_routed.reshape(num_layers, placement.num_ranks, -1), axis=2)
     slot, slot_std = _hottest_and_std(by_slot, is_routed)
     rank, rank_std = _hottest_and_std(by_rank, has_routed)
     return LoadImbalance(rank=rank, slot=slot, rank_std_tokens=rank_std, slot_std_tokens=slot_std)
@@ -168,6 +188,6 @@ def _hottest_and_std(loads: Loads, is_counted: NDArray[np.bool_]) -> tuple[Loads
     return hottest, np.sqrt(variance)
 
 
-def _shares(weights: Loads) -> Loads:
-    shares: Loads = weights / weights.sum(axis=-1, keepdims=True)
-    return shares
+def _check_drift(drift: float) -> None:
+    if not 0 <= drift <= _MOST_DRIFT:
+        raise UnfitRequest(f"drift: {drift} must be in [0, {_MOST_DRIFT:g}]")
