@@ -53,9 +53,11 @@ def read_published_load(path: str = DEFAULT_FILE) -> PublishedLoad:
             _build(PublishedBalance, row, f"published[{index}]") for index, row in enumerate(data.get("published", ()))
         )
         layers = data.get("published_layers", {})
+        if not isinstance(layers, Mapping):
+            raise ConfigError(f"published_layers: {shown(layers)} is not a mapping")
         data["published_layers"] = {name: tuple(map(float, values)) for name, values in layers.items()}
         return _build(PublishedLoad, data, "")
-    except (ValueError, TypeError, AttributeError) as error:  # of a range check; of a value of the wrong sort
+    except (ValueError, TypeError) as error:  # of a range check; of a value of the wrong sort
         raise ConfigError(f"{path}: {error}") from None
 
 

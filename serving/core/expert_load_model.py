@@ -168,7 +168,7 @@ def slot_loads(counts: Loads | Ids, placement: ExpertPlacement) -> Loads:
 
 
 def load_imbalance(by_slot: Loads, placement: ExpertPlacement, *, num_experts: int) -> LoadImbalance:
-    """Imbalance under the loads `by_slot` (I, L, P); slots of shared copies, whose id is `num_experts`, are left out."""
+    """Imbalance under the loads `by_slot` (I, L, P), slots of shared copies (their id is `num_experts`) left out."""
     num_layers = len(placement.physical_to_logical)
     is_routed = placement.physical_to_logical < num_experts
     by_slot = np.where(is_routed, by_slot, 0.0)
