@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 import typer
 
-from serving.cli_options import Json
+from serving.cli_options import Json, make_writable
 from serving.errors import ConfigError
 
 PICTURE_FILE = "expert_traffic.png"
@@ -81,7 +81,7 @@ def expert_traffic(
     router_slots, shared_copies = default_slots(num_experts=num_experts, num_ranks=ep)
     num_slots = router_slots if slots is None else slots
     if out is not None:
-        _make(out)
+        make_writable(out)
     try:
         comparison = compare_traffic(
             weights,
@@ -144,11 +144,3 @@ def _part(folder: str, name: str, parse: Callable[[dict[str, Any]], T]) -> T:
         return parse(data)
     except (ValueError, TypeError) as error:  # of the range checks; of a value of the wrong sort
         raise ConfigError(f"{path}: {error}") from None
-
-
-def _make(directory: Path) -> None:
-    """Before the work, not after it."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{directory}: {error.strerror}") from None
