@@ -1,4 +1,4 @@
-"""The shipped generator against the published figures that it was fitted to, and against some that it was not."""
+"""The shipped generator against the published figures that it was fitted to, and some that are not in the fit."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_the_file_holds_what_was_published(load):
         (1, "rank_std_tokens", 0.06),
         (1, "slot_imbalance", 0.15),
         (1, "slot_std_tokens", 0.10),
-        # The third was not.
+        # The fit tells nothing of the third.
         (2, "rank_imbalance", 0.06),
         (2, "rank_std_tokens", 0.13),
         (2, "slot_imbalance", 0.15),
