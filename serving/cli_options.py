@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 
-def _check_writable(path: Path | None) -> Path | None:
+def check_writable(path: Path | None) -> Path | None:
     """Before the work, not after it."""
     if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
         raise typer.BadParameter(f"{path} cannot be written.")
@@ -26,7 +26,7 @@ def listed(text: str) -> tuple[str, ...]:
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set a.b=c.", metavar="KEY=VALUE")]
 Json = Annotated[
     Path | None,
-    typer.Option("--json", help="Write the result to this file.", dir_okay=False, callback=_check_writable),
+    typer.Option("--json", help="Write the result to this file.", dir_okay=False, callback=check_writable),
 ]
 Ray = Annotated[
     str | None,
