@@ -17,6 +17,8 @@ import typer
 from model.train import train
 from serving.cli_options import Json, Overrides, Ray
 from serving.errors import ConfigError, ServingError
+from serving.estimation.calibrate_command import calibrate
+from serving.estimation.reproduce_command import reproduce
 from serving.evaluation.command import evaluate
 from serving.expert_load_command import expert_load
 from serving.quantize_command import quantize
@@ -233,6 +235,8 @@ def bench(
 app.command()(quantize)
 app.command("eval")(evaluate)
 app.command("expert-load")(expert_load)
+app.command()(reproduce)
+app.command()(calibrate)
 
 
 @app.command()

@@ -84,7 +84,7 @@ def _draw_scatter(axes: Any, rows: Sequence[EvaluatedRow], colors: Mapping[str, 
     handles = [Line2D([], [], **_style(role, "0.3"), label=role) for role in roles]
     handles += [Line2D([], [], color="0.3", linewidth=1, label=f"equal; band: {_BAND:.0%}")]
     handles += [Line2D([], [], color=color, linewidth=5, label=group) for group, color in colors.items()]
-    axes.legend(handles=handles, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=4)
+    axes.legend(handles=handles, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
 
 
 def _columns(rows: Sequence[EvaluatedRow]) -> list[list[str | EvaluatedRow]]:

@@ -39,7 +39,7 @@ class Ours(Section):
 class PublishedRow(Section):
     """One published figure. `error` in reports is relative to `published`, which keeps its sign."""
 
-    group: Word
+    group: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     row: Word
     quantity: Word
     unit: Word
