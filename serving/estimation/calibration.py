@@ -24,6 +24,8 @@ from serving.estimation.published import PublishedRow
 MAX_CONSTANTS = 10
 _STEP = 1e-4  # of the differences, as a share of a range: far above rounding, and it evens out steps of tiles
 _SINGULAR = 1e-6  # singular values below this share of the largest say nothing
+_MAX_STEPS = 200  # a smooth model takes about ten; one with corners may not settle
+_TETHER = 1e-6  # residual of a constant that went all its range away from its start; see fit
 _VISIBLE = 1e-3  # a constant has a part in a direction, or an effect on a row, above this share of the largest
 _DIGITS = 6  # significant ones of a fitted value, so that a file holds exactly what was evaluated
 
@@ -93,6 +95,7 @@ class Fit:
     constants: tuple[FittedConstant, ...]
     singular_directions: tuple[Mapping[str, float], ...]
     num_evaluations: int
+    converged: bool
 
     @property
     def start(self) -> dict[str, float]:
@@ -136,8 +139,19 @@ def fit(rows: Sequence[PublishedRow], constants: Mapping[str, Bounds], evaluate:
         return np.stack(columns, axis=1)
 
     start = (np.array([constants[name].start for name in names]) - low) / width
+    # Without the tether, constants that no row holds make the problem singular, and the trust region then crawls: 800
+    # Jacobians in place of 6. With it they stay at their start; what rows hold it cannot move.
+    tether = _TETHER * np.eye(len(names))
     solution = least_squares(
-        residuals, start, jac=jacobian, bounds=(0.0, 1.0), method="trf", xtol=1e-12, ftol=1e-12, gtol=1e-12
+        lambda shares: np.concatenate([residuals(shares), tether @ (shares - start)]),
+        start,
+        jac=lambda shares: np.concatenate([jacobian(shares), tether]),
+        bounds=(0.0, 1.0),
+        method="trf",
+        xtol=1e-10,
+        ftol=1e-10,
+        gtol=1e-10,
+        max_nfev=_MAX_STEPS,
     )
     rounded = [float(f"{value:.{_DIGITS - 1}e}") for value in low + width * solution.x]
     values = np.clip(rounded, low, low + width)
@@ -161,6 +175,7 @@ def fit(rows: Sequence[PublishedRow], constants: Mapping[str, Bounds], evaluate:
             for direction in directions
         ),
         num_evaluations=num_evaluations,
+        converged=bool(solution.success),
     )
 
 

@@ -30,6 +30,7 @@ class Calibration:
             "constants": [constant.as_json() for constant in self.fit.constants],
             "singular_directions": [dict(direction) for direction in self.fit.singular_directions],
             "num_evaluations": self.fit.num_evaluations,
+            "converged": self.fit.converged,
             "rows": [
                 {**new.as_json(), "error_before": old.error} for old, new in zip(self.before, self.after, strict=True)
             ],
@@ -79,6 +80,8 @@ def format_calibration(calibration: Calibration) -> str:
     for direction in calibration.fit.singular_directions:
         parts = ", ".join(f"{part:+.3f} of the range of {name}" for name, part in direction.items())
         lines.append(f"NOT DETERMINED: no row changes along {parts}")
+    if not calibration.fit.converged:
+        lines.append("NOT CONVERGED: values may still move")
     labels = [row.row.label for row in calibration.after]
     wide = max(map(len, labels))
     lines += ["", f"{'error of':<{wide}}{'before':>10}{'after':>10}  role"]

@@ -82,12 +82,22 @@ def test_constants_that_only_act_together_are_reported(published_row):
         lambda v: [(v["first"] + v["second"]) * row.ours.arguments["x"] for row in rows],
     )
     assert sum(list(found.values.values())[:2]) == pytest.approx(3.0, rel=1e-4)
+    assert found.values["unused"] == 1.0  # where it started
+    assert found.converged
+    assert found.num_evaluations < 150  # of which each Jacobian takes six; a singular problem would take thousands
     assert [constant.standard_error for constant in found.constants] == [None, None, None]
     assert [constant.groups for constant in found.constants] == [("lines",), ("lines",), ()]
     assert sorted(sorted(direction) for direction in found.singular_directions) == [["first", "second"], ["unused"]]
     (pair,) = (direction for direction in found.singular_directions if len(direction) == 2)
     assert pair["first"] == pytest.approx(-pair["second"], rel=1e-6)
     assert abs(pair["first"]) == pytest.approx(math.sqrt(0.5), rel=1e-6)
+
+
+def test_a_fit_that_is_cut_short_says_so(ruled, monkeypatch):
+    monkeypatch.setattr("serving.estimation.calibration._MAX_STEPS", 1)
+    told = calibrate_constants(ruled(32.0, 62.0), DESCRIPTION, BOUNDS, {"line": line})
+    assert not told.fit.converged
+    assert "NOT CONVERGED" in format_calibration(told)
 
 
 def test_as_many_rows_as_constants_leave_the_uncertainty_open(transfers):
