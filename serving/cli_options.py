@@ -13,7 +13,7 @@ import typer
 from serving.errors import ConfigError
 
 
-def _check_writable(path: Path | None) -> Path | None:
+def check_writable(path: Path | None) -> Path | None:
     """Before the work, not after it."""
     if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
         raise typer.BadParameter(f"{path} cannot be written.")
@@ -38,7 +38,7 @@ def listed(text: str) -> tuple[str, ...]:
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set a.b=c.", metavar="KEY=VALUE")]
 Json = Annotated[
     Path | None,
-    typer.Option("--json", help="Write the result to this file.", dir_okay=False, callback=_check_writable),
+    typer.Option("--json", help="Write the result to this file.", dir_okay=False, callback=check_writable),
 ]
 Ray = Annotated[
     str | None,
