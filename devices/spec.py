@@ -10,14 +10,18 @@ A path is what one transfer can use alone: `paths[pair, op, scope]`. `read` is s
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
+
+from devices.rates import BulkAllToAll, Fitted, Rates
 
 Pair = Literal["npu_npu", "npu_host", "host_host"]
 Op = Literal["read", "write"]
 Scope = Literal["inter", "intra"]
 PlaneName = Literal["ub", "rdma", "vpc"]
 PathKey: TypeAlias = tuple[Pair, Op, Scope]
+
+FITTED_KEYS = ("value", "low", "high", "rows")
 
 SpecT = TypeVar("SpecT")
 
@@ -89,6 +93,14 @@ class PlaneSpec:
         if self.port_owner not in ("endpoint", "node"):
             raise SpecError(f"port_owner: {self.port_owner!r} is neither 'endpoint' nor 'node'")
 
+    def scaled(self, factor: float) -> "PlaneSpec":
+        """The same plane with `factor` times the bandwidth."""
+        return replace(
+            self,
+            die_port_bytes_per_s=self.die_port_bytes_per_s * factor,
+            paths={key: replace(path, bytes_per_s=path.bytes_per_s * factor) for key, path in self.paths.items()},
+        )
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, where: str = "plane") -> "PlaneSpec":
         """Read one entry of `planes`; `paths` is nested there as pair, op, scope."""
@@ -109,6 +121,8 @@ class SupernodeSpec:
     npu: NpuSpec
     host: HostSpec
     planes: Mapping[PlaneName, PlaneSpec]
+    rates: Rates
+    fitted: Fitted
 
     def __post_init__(self) -> None:
         for name in ("num_nodes", "npus_per_node", "hosts_per_node"):
@@ -116,6 +130,8 @@ class SupernodeSpec:
         for plane in get_args(PlaneName):
             if plane not in self.planes:
                 raise SpecError(f"planes.{plane}: missing")
+        if self.rates.ep_plane not in self.planes:
+            raise SpecError(f"rates.ep_plane: {self.rates.ep_plane!r} is none of {', '.join(self.planes)}")
 
     @property
     def num_npus(self) -> int:
@@ -144,6 +160,14 @@ class SupernodeSpec:
                 raise SpecError(f"planes.{name}: unknown key")
             planes[cast(PlaneName, name)] = PlaneSpec.from_dict(plane, where=f"planes.{name}")
         values["planes"] = planes
+        rates = dict(_section(values, "rates"))
+        bulk = _section(rates, "bulk_all_to_all", "rates.")
+        rates["bulk_all_to_all"] = _build(BulkAllToAll, _tuples(bulk), "rates.bulk_all_to_all")
+        values["rates"] = _build(Rates, rates, "rates")
+        fitted = _build(Fitted, _fitted_values(_section(values, "fitted")), "fitted")
+        if "vpc" in planes:
+            planes["vpc"] = planes["vpc"].scaled(fitted.vpc_efficiency)
+        values["fitted"] = fitted
         return _build(cls, values, "")
 
 
@@ -157,6 +181,24 @@ def _read_paths(raw: object, *, where: str) -> dict[PathKey, PathSpec]:
                     raise SpecError(f"{name}: unknown key")
                 paths[cast(PathKey, (pair, op, scope))] = _build(PathSpec, _mapping(path, name), name)
     return paths
+
+
+def _tuples(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
+
+
+def _fitted_values(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Each constant is a mapping: its `value`, and the bounds and rows of its fit."""
+    values = {}
+    for name, entry in raw.items():
+        for key in _mapping(entry, f"fitted.{name}"):
+            if key not in FITTED_KEYS:
+                raise SpecError(f"fitted.{name}.{key}: unknown key")
+        for key in FITTED_KEYS:
+            if key not in entry:
+                raise SpecError(f"fitted.{name}.{key}: missing")
+        values[name] = entry["value"]
+    return values
 
 
 def _build(cls: type[SpecT], raw: Mapping[str, Any], where: str) -> SpecT:
@@ -177,7 +219,7 @@ def _build(cls: type[SpecT], raw: Mapping[str, Any], where: str) -> SpecT:
         values[name] = int(value) if kind is int else float(value) if kind is float else value
     try:
         return cls(**values)
-    except SpecError as error:
+    except ValueError as error:
         raise SpecError(f"{prefix}{error}") from None
 
 

@@ -4,7 +4,7 @@ Owns: the two values that pass between an engine and the time model.
 Must not know: operators, seconds, requests.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -41,6 +41,25 @@ class StepWork:
     @property
     def num_ranks(self) -> int:
         return self.num_tokens.size
+
+    @classmethod
+    def of_ranks(
+        cls,
+        *,
+        num_tokens: Sequence[int],
+        num_context_tokens: Sequence[int],
+        num_kv_tokens: Sequence[int],
+        num_seqs: Sequence[int],
+        num_samples: Sequence[int],
+    ) -> "StepWork":
+        """One number per rank."""
+        return cls(
+            num_tokens=np.array(num_tokens, dtype=np.int64),
+            num_context_tokens=np.array(num_context_tokens, dtype=np.int64),
+            num_kv_tokens=np.array(num_kv_tokens, dtype=np.int64),
+            num_seqs=np.array(num_seqs, dtype=np.int64),
+            num_samples=np.array(num_samples, dtype=np.int64),
+        )
 
     @classmethod
     def uniform(

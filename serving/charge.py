@@ -5,31 +5,37 @@ Must not know: operators, seconds (devices/pipeline.py), clocks.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
-from devices.pipeline import DEFAULT_IMBALANCE, StepTime, StepTimeModel, StepWork
-from devices.rates import ExpertDeployment
+from devices.deployment import ExpertDeployment, Imbalance
+from devices.pipeline import StepTime, StepTimeModel, StepWork
 from serving.config import Role, RunConfig
 from serving.core.scheduled_batch import ScheduledBatch
+from serving.expert_balance import with_imbalance
+from serving.placement import rank_imbalance
+
+
+def deployment_of(config: RunConfig, role: Role) -> ExpertDeployment:
+    """The charged instance of `role`, with the imbalance that `timing.balance` asks for."""
+    layout, balance = config.charged_layout(role), config.timing.balance
+    if balance != "measured":
+        return with_imbalance(layout, config.charged_shape, config.hardware.fitted, role=role, balance=balance)
+    measured = rank_imbalance(config, role)
+    assert measured is not None  # checked with the configuration
+    return replace(layout, imbalance=Imbalance.constant(measured.measured))
 
 
 def step_charge(config: RunConfig, role: Role) -> Callable[[ScheduledBatch], StepTime]:
     """The time of a step of one instance of `role`."""
-    charged = config.charged_instance(role)
     model = StepTimeModel(
         config.charged_shape,
         config.hardware,
         role=role,
-        represents_ep=charged.ep,
+        deployment=deployment_of(config, role),
         microbatch=config.timing.microbatch,
         num_speculative_tokens=config.speculative.num_speculative_tokens,
-        deployment=ExpertDeployment(
-            ep=charged.ep,
-            num_router_slots=config.charged_shape.n_routed_experts + charged.num_redundant_experts,
-            num_shared_slots=charged.num_shared_expert_copies,
-            imbalance=DEFAULT_IMBALANCE[role] if charged.ep > 1 else 1.0,
-        ),
     )
     world_size = config.world_size(role)
 

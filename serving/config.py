@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
+from devices.deployment import ExpertDeployment
 from devices.spec import SupernodeSpec
 from model.config import ModelConfig
 from serving.config_checks import check_parts
@@ -67,13 +68,16 @@ class RepresentedInstance(Section):
 class TimingSection(Section):
     """What is charged: model shape, hardware, and per role the full-size instance that a live one stands for.
 
-    A role that represents nothing is charged at its live size.
+    A role that represents nothing is charged at its live size. `balance` of the experts' load: balanced (an ideal
+    balancer), eplb, none (placed without knowing it), each for the shipped load generator; measured (placed by
+    `model.expert_load`, the live model's own counts).
     """
 
     model: str
     hardware: str
     represents: dict[Role, RepresentedInstance] = {}
     microbatch: bool = True
+    balance: Literal["balanced", "eplb", "none", "measured"] = "eplb"
 
 
 class ClockSection(Section):
@@ -253,6 +257,15 @@ class RunConfig(Section):
             ep=self.world_size(role),
             num_redundant_experts=section.num_redundant_experts,
             num_shared_expert_copies=copies if copies < self.world_size(role) else 0,  # else every die has one
+        )
+
+    def charged_layout(self, role: Role) -> ExpertDeployment:
+        """Where the experts of that instance sit; evenly used."""
+        charged = self.charged_instance(role)
+        return ExpertDeployment(
+            ep=charged.ep,
+            num_router_slots=self.charged_shape.n_routed_experts + charged.num_redundant_experts,
+            num_shared_slots=charged.num_shared_expert_copies,
         )
 
     @cached_property

@@ -39,6 +39,8 @@ def check_parts(config: "RunConfig") -> None:
             )
         if role == "prefill" and heads % world:
             raise ConfigError(f"instances.prefill.npus: {heads} attention heads do not divide by {world} ranks")
+    if config.timing.balance == "measured" and config.expert_load is None:
+        raise ConfigError("timing.balance: measured needs model.expert_load, the load that was measured")
     _check_speculation(config)
     workload = config.workload
     widest = int((workload.input_len + workload.output_len) * (1 + workload.range_ratio))

@@ -2,16 +2,15 @@
 
 Owns: the memory of the charged model on one die of each role, and the check that it fits.
 Must not know: Ray, clocks, tensors.
-Source: placement of weights as in arXiv 2506.12708, sections 4.2.1 (buffers), 4.3.1 (heads split in prefill) and 5.1
-(experts per die). Bytes are those of the charged model: INT8 products, BF16 elsewhere and in the cache.
+Bytes are those of the charged model.
 """
 
 import math
 from dataclasses import dataclass
 
 from model import work
-from model.layout import static_buffer_bytes
 from serving.config import Role, RunConfig
+from serving.die_memory import DieMemory, die_memory
 from serving.errors import ConfigError
 from serving.placement import rank_imbalance
 
@@ -23,21 +22,14 @@ class DiePlan:
     """What one die of a role holds, in bytes as charged."""
 
     role: Role
-    weight_bytes: int
-    buffer_bytes: int  # dispatch and combine, both static
-    cache_bytes: int
+    memory: DieMemory
     hbm_bytes: int
-    experts_per_die: int
-
-    @property
-    def used_bytes(self) -> int:
-        """All of it."""
-        return self.weight_bytes + self.buffer_bytes + self.cache_bytes
 
     @property
     def ledger(self) -> dict[str, int]:
         """Entries of the die's memory ledger."""
-        return {"weights": self.weight_bytes, "buffers": self.buffer_bytes, "latent cache": self.cache_bytes}
+        memory = self.memory
+        return {"weights": memory.weight_bytes, "buffers": memory.buffer_bytes, "latent cache": memory.cache_bytes}
 
 
 def block_bytes(config: RunConfig) -> int:
@@ -47,61 +39,27 @@ def block_bytes(config: RunConfig) -> int:
 
 def die_plan(config: RunConfig, role: Role) -> DiePlan:
     """The plan of one die. Raises ConfigError, with the sum, if it does not fit in HBM."""
-    shape, section, charged = config.charged_shape, config.instances[role], config.charged_instance(role)
-    weights = work.weight_bytes(shape)
-    local_shared = 0 if charged.num_shared_expert_copies else 1
-    slots = shape.n_routed_experts + charged.num_redundant_experts + charged.num_shared_expert_copies
-    experts_per_die = math.ceil(slots / charged.ep)
-    attention = weights.attention_per_layer
-    if role == "prefill":  # SP-TP-SP: the up-projections are split by heads
-        flops = work.operator_flops(shape)
-        split = (flops.q_b + flops.kv_b) / (flops.q_a + flops.kv_a + flops.q_b + flops.kv_b + flops.o_proj)
-        attention *= 1 - split * (1 - 1 / charged.ep)
-    weight_bytes = (
-        weights.embedding
-        + weights.lm_head
-        + shape.num_hidden_layers * attention
-        + shape.first_k_dense_replace * weights.dense_mlp_per_layer
-        + shape.num_moe_layers
-        * (
-            weights.gate_per_layer
-            + experts_per_die * weights.routed_expert
-            + local_shared * weights.shared_expert_per_layer
-        )
-    )
-    if config.is_speculative:  # its experts are divided like those of every layer
-        all_experts = shape.n_routed_experts * weights.routed_expert + weights.shared_expert_per_layer
-        own_experts = experts_per_die * weights.routed_expert + local_shared * weights.shared_expert_per_layer
-        weight_bytes += weights.mtp_module - all_experts + own_experts - (weights.attention_per_layer - attention)
-    local_batch = config.max_step_tokens(role)
+    section = config.instances[role]
+    step_tokens = config.max_step_tokens(role)
     if role == "prefill":
-        local_batch = math.ceil(local_batch / config.world_size(role))
-    buffers = sum(
-        static_buffer_bytes(
-            rank_num=charged.ep,
-            local_batch=local_batch,
-            top_k=shape.num_experts_per_tok + (charged.num_shared_expert_copies > 0),  # a copy for the shared expert
-            experts_per_rank=experts_per_die,
-            message_bytes=message_bytes,
-        )
-        for message_bytes in (work.dispatch_message_bytes(shape), work.combine_message_bytes(shape))
-    )
-    plan = DiePlan(
-        role=role,
-        weight_bytes=round(weight_bytes),
-        buffer_bytes=buffers,
+        step_tokens = math.ceil(step_tokens / config.world_size(role))
+    memory = die_memory(
+        config.charged_shape,
+        config.charged_layout(role),
+        is_prefill=role == "prefill",
+        step_tokens=step_tokens,
         cache_bytes=section.num_blocks * block_bytes(config),
-        hbm_bytes=config.hardware.npu.die.hbm_bytes,
-        experts_per_die=experts_per_die,
+        has_mtp=config.is_speculative,
     )
-    if plan.used_bytes > plan.hbm_bytes:
-        room = max(0, plan.hbm_bytes - plan.weight_bytes - plan.buffer_bytes) // block_bytes(config)
+    hbm_bytes = config.hardware.npu.die.hbm_bytes
+    if memory.used_bytes > hbm_bytes:
+        room = max(0, hbm_bytes - memory.weight_bytes - memory.buffer_bytes) // block_bytes(config)
         raise ConfigError(
-            f"instances.{role}.num_blocks: {section.num_blocks} blocks need {plan.cache_bytes / GIB:.1f} GiB; with "
-            f"{plan.weight_bytes / GIB:.1f} GiB of weights and {plan.buffer_bytes / GIB:.1f} GiB of buffers that is "
-            f"{plan.used_bytes / GIB:.1f} of {plan.hbm_bytes / GIB:.1f} GiB of HBM; {room} blocks fit"
+            f"instances.{role}.num_blocks: {section.num_blocks} blocks need {memory.cache_bytes / GIB:.1f} GiB; with "
+            f"{memory.weight_bytes / GIB:.1f} GiB of weights and {memory.buffer_bytes / GIB:.1f} GiB of buffers that "
+            f"is {memory.used_bytes / GIB:.1f} of {hbm_bytes / GIB:.1f} GiB of HBM; {room} blocks fit"
         )
-    return plan
+    return DiePlan(role=role, memory=memory, hbm_bytes=hbm_bytes)
 
 
 def _check_batches(config: RunConfig) -> None:
@@ -183,14 +141,15 @@ def format_plan(config: RunConfig) -> str:
             f"each for a die of EP {charged.ep}",
             f"  experts    {physical // world} per rank: {computed.n_routed_experts} routed + "
             f"{section.num_redundant_experts} redundant over {world} ranks; shared expert {shared}; "
-            f"charged {plan.experts_per_die} per die",
+            f"charged {plan.memory.experts_per_die} per die",
             *_imbalance_line(config, role),
             f"  batch      {section.max_num_seqs} requests, {section.max_num_batched_tokens} tokens a step "
             + ("for the instance" if role == "prefill" else "per rank"),
             f"  KV space   {section.num_blocks} blocks of {config.cache.block_size} = {tokens} tokens "
             + ("for the instance (on every die)" if role == "prefill" else "per rank"),
-            f"  HBM/die    {plan.used_bytes / GIB:.2f} of {plan.hbm_bytes / GIB:.1f} GiB: weights "
-            f"{plan.weight_bytes / GIB:.2f}, buffers {plan.buffer_bytes / GIB:.2f}, cache {plan.cache_bytes / GIB:.2f}",
+            f"  HBM/die    {plan.memory.used_bytes / GIB:.2f} of {plan.hbm_bytes / GIB:.1f} GiB: weights "
+            f"{plan.memory.weight_bytes / GIB:.2f}, buffers {plan.memory.buffer_bytes / GIB:.2f}, cache "
+            f"{plan.memory.cache_bytes / GIB:.2f}",
         ]
     lines.append("")
     if config.kv_pool.enabled:

@@ -80,12 +80,12 @@ def test_memory_and_blocks_hold_one_more_layer():
     assert block_bytes(on) * 61 == block_bytes(off) * 62
     for role in ("prefill", "decode"):
         plans = [die_plan(config, role) for config in (off, on)]
-        assert plans[1].cache_bytes * 61 == plans[0].cache_bytes * 62
-        more = plans[1].weight_bytes - plans[0].weight_bytes
+        assert plans[1].memory.cache_bytes * 61 == plans[0].memory.cache_bytes * 62
+        more = plans[1].memory.weight_bytes - plans[0].memory.weight_bytes
         # A module is one more mixture block beside 58 of them and 3 dense ones, and a projection.
-        assert plans[0].weight_bytes / 62 < more < plans[0].weight_bytes / 20
-    assert die_plan(on, "decode").buffer_bytes * 64 == die_plan(off, "decode").buffer_bytes * 80
-    assert die_plan(on, "prefill").buffer_bytes == die_plan(off, "prefill").buffer_bytes
+        assert plans[0].memory.weight_bytes / 62 < more < plans[0].memory.weight_bytes / 20
+    assert die_plan(on, "decode").memory.buffer_bytes * 64 == die_plan(off, "decode").memory.buffer_bytes * 80
+    assert die_plan(on, "prefill").memory.buffer_bytes == die_plan(off, "prefill").memory.buffer_bytes
 
 
 def test_the_hand_over_carries_the_modules_latents_and_one_hidden_state(make_config):

@@ -1,0 +1,103 @@
+"""Seconds of dispatch and combine: token copies on their way to experts and back.
+
+Owns: fused dispatch and combine (decode: vector cores write into other dies' memory) and bulk all-to-alls (prefill:
+SDMA).
+Must not know: what experts compute, how a step overlaps it.
+Source: protocol and message sizes of arXiv 2506.12708v2, section 4.2.1; its tables 1 and 7; sgl-kernel-npu README.
+
+With T tokens per die, K copies each, message bytes b and a write bandwidth w, fused:
+
+    copies off the package   n = T * K * (1 - dies per package / EP)
+    dispatch   n * (b / w + copy) / drive + fixed + EP / vector cores * latency        counts and flags, rank by rank
+    combine    n' * (b / w + copy) / drive + launch + latency                          flags ride on the data
+
+`copy` is what a die's vector cores spend on one copy beside its bytes, `drive` the share of that pace that some of them
+reach. Dispatch is paced by the senders, unless the hottest receiver's port takes longer; combine by the die that has
+most to send back, which is the hottest: n' is its number of copies.
+"""
+
+import math
+
+import numpy as np
+
+from devices.deployment import ExpertDeployment
+from devices.spec import SupernodeSpec
+from model import work
+from model.config import ModelConfig
+
+
+class ExpertParallel:
+    """Communication of one deployment's experts."""
+
+    def __init__(self, config: ModelConfig, supernode: SupernodeSpec, deployment: ExpertDeployment) -> None:
+        rates, fitted = supernode.rates, supernode.fitted
+        plane = supernode.planes[rates.ep_plane]
+        write, read = plane.paths["npu_npu", "write", "inter"], plane.paths["npu_npu", "read", "inter"]
+        self._ep = ep = deployment.ep
+        self._dispatch_bytes = work.dispatch_message_bytes(config)
+        self._combine_bytes = work.combine_message_bytes(config)
+        dispatched_shared = config.n_shared_experts if deployment.is_shared_dispatched else 0
+        self._copies_per_token = config.num_experts_per_tok + dispatched_shared
+        self._deployment, self._top_k = deployment, config.num_experts_per_tok
+        self._shared_copies_per_token = 0.0  # on a die of the shared expert
+        if deployment.is_shared_dispatched:
+            self._shared_copies_per_token = dispatched_shared * ep / deployment.num_shared_slots
+        self._off_package = max(0.0, 1 - supernode.npu.num_dies / ep)
+        self._in_package = 1 - self._off_package - 1 / ep
+        self._die_to_die_bytes_per_s = supernode.npu.die_to_die.bytes_per_s
+        self._write_bytes_per_s = write.bytes_per_s
+        self._read_bytes_per_s = read.bytes_per_s
+        self._port_bytes_per_s = plane.die_port_bytes_per_s
+        self._latency_s = write.latency_ns * 1e-9
+        self._launch_s = rates.launch_s
+        self._copy_s, self._dispatch_fixed_s = fitted.ep_copy_s, fitted.dispatch_fixed_s
+        self._drive_per_aiv = 0.95 / rates.ep_aiv_for_95_percent
+        bulk = rates.bulk_all_to_all
+        at = math.log2(ep), np.log2(bulk.ep)
+        self._bulk_dispatch_bytes_per_s = plane.die_port_bytes_per_s * float(np.interp(*at, bulk.dispatch_utilization))
+        self._bulk_combine_bytes_per_s = plane.die_port_bytes_per_s * float(np.interp(*at, bulk.combine_utilization))
+
+    def num_copies(self, tokens: float) -> float:
+        """Copies that a die sends for `tokens`: one for each chosen expert, and one to a dispatched shared expert."""
+        return tokens * self._copies_per_token
+
+    def hottest_copies(self, tokens: float) -> float:
+        """Copies that reach the hottest die when every die sends for `tokens`."""
+        return max(self._deployment.hottest_copies(tokens, self._top_k), tokens * self._shared_copies_per_token)
+
+    def dispatch(self, tokens: float, *, aiv: int) -> float:
+        """Fused dispatch of `tokens` per die by `aiv` vector cores."""
+        if self._ep == 1:
+            return 0.0
+        send_s = self._write_s(self.num_copies(tokens), self._dispatch_bytes, aiv)
+        receive_s = self.hottest_copies(tokens) * self._off_package * self._dispatch_bytes / self._port_bytes_per_s
+        flags_s = self._ep / aiv * self._latency_s
+        return max(send_s, receive_s) + self._dispatch_fixed_s + flags_s
+
+    def combine(self, tokens: float, *, aiv: int) -> float:
+        """Fused combine, the same way."""
+        if self._ep == 1:
+            return 0.0
+        send_s = self._write_s(self.hottest_copies(tokens), self._combine_bytes, aiv)
+        return send_s + self._launch_s + self._latency_s
+
+    def bulk_dispatch(self, tokens: float) -> float:
+        """All-to-all of prefill over SDMA: at the measured rate, or as fast as the hottest die can take it."""
+        return self._bulk(tokens, self._dispatch_bytes, self._bulk_dispatch_bytes_per_s)
+
+    def bulk_combine(self, tokens: float) -> float:
+        """And back."""
+        return self._bulk(tokens, self._combine_bytes, self._bulk_combine_bytes_per_s)
+
+    def _write_s(self, copies: float, message_bytes: int, aiv: int) -> float:
+        drive = min(1.0, self._drive_per_aiv * aiv)
+        off_s = copies * self._off_package * (message_bytes / self._write_bytes_per_s + self._copy_s)
+        in_s = copies * self._in_package * (message_bytes / self._die_to_die_bytes_per_s + self._copy_s)
+        return max(off_s, in_s) / drive
+
+    def _bulk(self, tokens: float, message_bytes: int, bytes_per_s: float) -> float:
+        if self._ep == 1:
+            return 0.0
+        mean_s = self.num_copies(tokens) * message_bytes / bytes_per_s
+        hottest_s = self.hottest_copies(tokens) * message_bytes / self._read_bytes_per_s
+        return max(mean_s, hottest_s) + self._latency_s

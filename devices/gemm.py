@@ -1,0 +1,62 @@
+"""Seconds of matrix products on some of a die's cube cores.
+
+Owns: tiles, waves over cores, and the memory bound.
+Must not know: which operator of the model a product belongs to.
+Source: tiles of 128 x 152 and the byte count (each matrix touched once) are those of arXiv 2506.12708v2, table 10.
+
+    time = max(compute, bytes / HBM bandwidth) + launch
+    compute = ceil(tiles / cores) * (m_tile / 128) * (2 * 128 * 152 * k / (core peak * utilization) + begin and end)
+
+An output of m x n is cut into tiles of `gemm_tile_m` x `gemm_tile_n`, each computed by one core; the last wave may
+leave cores idle, and rows that do not fill a tile are computed nevertheless. A product with fewer rows than one tile
+takes a lower tile, in steps of 16 rows, as its kernels do.
+"""
+
+import math
+
+from devices.rates import BF16_BYTES, INT8_BYTES
+from devices.spec import SupernodeSpec
+
+ROW_STEP = 16  # rows of the cube unit's smallest fractal (Ascend: 16 x 16)
+
+
+class Gemm:
+    """Matrix products of one kind of die."""
+
+    def __init__(self, supernode: SupernodeSpec) -> None:
+        die, rates, fitted = supernode.npu.die, supernode.rates, supernode.fitted
+        self._tile_m, self._tile_n = rates.gemm_tile_m, rates.gemm_tile_n
+        flops_per_tile = 2.0 * self._tile_m * self._tile_n
+        per_core = fitted.gemm_utilization / die.num_aic
+        self._int8_s_per_k = flops_per_tile / (die.int8_flops_per_s * per_core)
+        self._bf16_s_per_k = flops_per_tile / (die.bf16_flops_per_s * per_core)
+        self._tile_s = fitted.gemm_tile_s
+        self._hbm_bytes_per_s = die.hbm_bytes_per_s * rates.memory_utilization
+        self._launch_s = rates.launch_s
+
+    def seconds(
+        self, m: float, n: int, k: int, *, aic: int, groups: float = 1.0, bf16: bool = False, out_bytes: float = 2.0
+    ) -> float:
+        """`groups` products of m x k by k x n, without the launch; none of them, no time.
+
+        `m` may be a mean, so it need not be whole. INT8 inputs unless `bf16`; `out_bytes` per element of the result.
+        """
+        if m <= 0 or groups <= 0:
+            return 0.0
+        width = BF16_BYTES if bf16 else INT8_BYTES
+        memory_s = groups * (width * k * (m + n) + out_bytes * m * n) / self._hbm_bytes_per_s
+        compute_s = self._compute_s(m, n, k, aic=aic, groups=groups, bf16=bf16)
+        return compute_s if compute_s > memory_s else memory_s
+
+    def launched(self, m: float, n: int, k: int, *, aic: int, groups: float = 1.0, bf16: bool = False) -> float:
+        """The same as one operator: with its launch."""
+        return self.seconds(m, n, k, aic=aic, groups=groups, bf16=bf16) + self._launch_s
+
+    def _compute_s(self, m: float, n: int, k: int, *, aic: int, groups: float, bf16: bool) -> float:
+        tile_m = self._tile_m
+        if m <= tile_m:
+            row_tiles, height = 1, math.ceil(m / ROW_STEP) * ROW_STEP / tile_m
+        else:
+            row_tiles, height = math.ceil(m / tile_m), 1.0
+        waves = math.ceil(groups * row_tiles * math.ceil(n / self._tile_n) / aic)
+        return waves * height * (k * (self._bf16_s_per_k if bf16 else self._int8_s_per_k) + self._tile_s)

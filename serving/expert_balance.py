@@ -1,0 +1,58 @@
+"""How unevenly an instance's experts are charged: the load generator, placed and drifted, as imbalance by tokens.
+
+Owns: from a balance mode to the deployment that the time model takes.
+Must not know: how load is drawn or placed (serving/core/), seconds.
+Source: generator and its parameters in configs/expert_load/; the skew and the drift of the published evaluation are
+fitted, since the paper prints neither its load nor its balancer's results.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Literal
+
+from devices.deployment import BALANCED, ExpertDeployment, Imbalance
+from devices.rates import Fitted
+from model.config import ModelConfig
+from serving.core.expert_load_model import Balance, ExpertSlots, LoadModel, hottest_rank_load
+from serving.published_load import read_published_load
+
+Role = Literal["prefill", "decode", "colocated"]
+SEED = 0  # of the drawn layers: every deployment is charged for the same ones
+TOKENS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 512.0, 4096.0)  # per die, where imbalance is worked out
+
+
+def with_imbalance(
+    layout: ExpertDeployment, shape: ModelConfig, fitted: Fitted, *, role: Role, balance: Balance
+) -> ExpertDeployment:
+    """`layout` with the imbalance of its hottest die, mean over layers and iterations.
+
+    A decode step serves thousands of requests, whose loads average out: it drifts as the generator's iterations do. A
+    prefill batch has a few dozen prompts, and drifts as fitted.
+    """
+    if balance == "balanced" or layout.ep == 1 or not shape.num_moe_layers:
+        return replace(layout, imbalance=BALANCED)
+    generator = read_published_load().model
+    num_slots = layout.num_router_slots + layout.num_shared_slots
+    slots = ExpertSlots(
+        num_layers=shape.num_moe_layers,
+        num_experts=shape.n_routed_experts,
+        top_k=shape.num_experts_per_tok,
+        num_ranks=layout.ep,
+        num_router_slots=layout.num_router_slots + -num_slots % layout.ep,  # the last ranks' slots are filled up
+        num_shared_copies=layout.num_shared_slots,
+    )
+    skewed = LoadModel(
+        sigma_low=generator.sigma_low * fitted.expert_load_skew,
+        sigma_high=generator.sigma_high * fitted.expert_load_skew,
+        drift=fitted.expert_load_drift if role == "prefill" else generator.drift,
+    )
+    return replace(layout, imbalance=_imbalance(slots, skewed, balance))
+
+
+@lru_cache(maxsize=256)
+def _imbalance(slots: ExpertSlots, model: LoadModel, balance: Balance) -> Imbalance:
+    def hottest(tokens: float) -> float:
+        num_tokens = int(tokens) * slots.num_ranks
+        return float(hottest_rank_load(model, slots, num_tokens=num_tokens, balance=balance, seed=SEED).rank.mean())
+
+    return Imbalance(tokens=TOKENS, values=tuple(hottest(tokens) for tokens in TOKENS))
