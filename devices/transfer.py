@@ -15,7 +15,7 @@ zero-byte latency is 0.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from devices.spec import LATENCY_MESSAGE_BYTES, Op, Pair, PathSpec, PlaneName, SupernodeSpec
 
@@ -45,16 +45,20 @@ def transfer_time(
 
 def find_path(spec: SupernodeSpec, *, plane: PlaneName, pair: Pair, op: Op, scope: TransferScope) -> PathSpec:
     """The path of a transfer. Raises ValueError if there is none, naming those that the plane has."""
-    paths = spec.planes[plane].paths
-    if scope == "package":
-        if plane == "ub" and pair == "npu_npu":
-            return spec.npu.die_to_die
-    elif (pair, op, scope) in paths:
-        return paths[pair, op, scope]
-    known = [" ".join(key) for key in paths]
-    if plane == "ub":
-        known.append("npu_npu read or write package")
-    raise ValueError(f"plane {plane} of {spec.name} has no path {pair} {op} {scope}; it has {', '.join(known)}")
+    paths = plane_paths(spec, plane)
+    if (pair, op, scope) not in paths:
+        known = ", ".join(" ".join(key) for key in paths)
+        raise ValueError(f"plane {plane} of {spec.name} has no path {pair} {op} {scope}; it has {known}")
+    return paths[pair, op, scope]
+
+
+def plane_paths(spec: SupernodeSpec, plane: PlaneName) -> dict[tuple[Pair, Op, TransferScope], PathSpec]:
+    """Every path of a plane; UB has the link of a package among them."""
+    paths: dict[tuple[Pair, Op, TransferScope], PathSpec] = dict(spec.planes[plane].paths)
+    if plane == "ub" and spec.npu.num_dies > 1:
+        for op in get_args(Op):
+            paths["npu_npu", op, "package"] = spec.npu.die_to_die
+    return paths
 
 
 def path_seconds(path: PathSpec, num_bytes: float) -> float:

@@ -108,7 +108,7 @@ def impossible() -> Iterator[tuple[Row, str]]:
     yield ("rdma", "npu_host", "read", "inter"), "plane rdma of cloudmatrix384 has no path npu_host read inter"
     yield ("rdma", "npu_host", "read", "inter"), "it has npu_npu read inter, npu_npu read intra, npu_npu write inter"
     yield ("ub", "host_host", "write", "intra"), "plane ub of .* has no path host_host write intra; it has npu_npu read"
-    yield ("ub", "npu_host", "read", "package"), "no path npu_host read package; it has .* npu_npu read or write pack"
+    yield ("ub", "npu_host", "read", "package"), "no path npu_host read package; it has .*, npu_npu write package"
     yield ("vpc", "npu_npu", "read", "package"), "no path npu_npu read package"
 
 
