@@ -54,7 +54,9 @@ def find_path(spec: SupernodeSpec, *, plane: PlaneName, pair: Pair, op: Op, scop
 
 def plane_paths(spec: SupernodeSpec, plane: PlaneName) -> dict[tuple[Pair, Op, TransferScope], PathSpec]:
     """Every path of a plane; UB has the link of a package among them."""
-    paths: dict[tuple[Pair, Op, TransferScope], PathSpec] = dict(spec.planes[plane].paths)
+    paths: dict[tuple[Pair, Op, TransferScope], PathSpec] = {}
+    for (pair, op, scope), path in spec.planes[plane].paths.items():
+        paths[pair, op, scope] = path
     if plane == "ub" and spec.npu.num_dies > 1:
         for op in get_args(Op):
             paths["npu_npu", op, "package"] = spec.npu.die_to_die
