@@ -134,7 +134,10 @@ def estimate_switches(*, hardware: SupernodeSpec, npus: int) -> dict[str, Any]:
         plan = plan_switches(hardware, num_npus=npus)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    notes, outside = ["logical switches come in steps of 14, as all published numbers do"], []
+    notes, outside = (
+        ["switches are taken in steps of 14 as in all published rows, which steps of 7 would fit as well"],
+        [],
+    )
     if npus < PUBLISHED_NPUS[0]:
         outside.append(
             f"npus {npus}: extrapolated downwards, published from {PUBLISHED_NPUS[0]} to {PUBLISHED_NPUS[1]}"
