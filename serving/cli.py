@@ -17,8 +17,11 @@ import typer
 from model.train import train
 from serving.cli_options import Json, Overrides, Ray
 from serving.errors import ConfigError, ServingError
+from serving.estimation.calibrate_command import calibrate
+from serving.estimation.reproduce_command import reproduce
 from serving.evaluation.command import evaluate
 from serving.expert_load_command import expert_load
+from serving.expert_traffic_command import expert_traffic
 from serving.quantize_command import quantize
 
 if TYPE_CHECKING:
@@ -233,6 +236,9 @@ def bench(
 app.command()(quantize)
 app.command("eval")(evaluate)
 app.command("expert-load")(expert_load)
+app.command("expert-traffic")(expert_traffic)
+app.command()(reproduce)
+app.command()(calibrate)
 
 
 @app.command()

@@ -10,12 +10,24 @@ from typing import Annotated
 
 import typer
 
+from serving.errors import ConfigError
 
-def _check_writable(path: Path | None) -> Path | None:
+
+def check_writable(path: Path | None) -> Path | None:
     """Before the work, not after it."""
     if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
         raise typer.BadParameter(f"{path} cannot be written.")
     return path
+
+
+def make_writable(directory: Path) -> None:
+    """Make a directory for results, before the work and not after it. Raises ConfigError if that cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{directory}: {error.strerror}") from None
+    if not os.access(directory, os.W_OK):
+        raise ConfigError(f"{directory}: cannot be written to")
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -26,7 +38,7 @@ def listed(text: str) -> tuple[str, ...]:
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set a.b=c.", metavar="KEY=VALUE")]
 Json = Annotated[
     Path | None,
-    typer.Option("--json", help="Write the result to this file.", dir_okay=False, callback=_check_writable),
+    typer.Option("--json", help="Write the result to this file.", dir_okay=False, callback=check_writable),
 ]
 Ray = Annotated[
     str | None,

@@ -49,11 +49,47 @@ class ExpertLoad:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RecordedLoad:
+    """What such a file says of a model, whatever that is."""
+
+    total: NDArray[np.float64]  # (num_layers, num_experts) tokens
+    top_k: int
+    first_layer: int
+
+
+def read_recorded_load(path: str) -> RecordedLoad:
+    """A file of this layout, or a run's result that holds one, with the shape that it was recorded from.
+
+    Raises ConfigError naming the file, the field, what was expected and what was found.
+    """
+    data = _read(path)
+    total = _total(data, path)
+    if total.ndim != 2 or not total.size:
+        raise ConfigError(f"{path}: total: expected layers x experts, found {_times(total.shape)}")
+    for name, low in (("top_k", 1), ("first_layer", 0)):
+        value = data.get(name)
+        if not isinstance(value, int) or value < low:
+            raise ConfigError(f"{path}: {name}: expected an integer from {low}, found {shown(value)}")
+    return RecordedLoad(total=total, top_k=data["top_k"], first_layer=data["first_layer"])
+
+
 def read_total_load(path: str, shape: ModelConfig, *, model_name: str) -> NDArray[np.float64]:
     """`total` of a file of this layout, or of a run's result that holds one, for a model of `shape`.
 
     Raises ConfigError naming the file, the field, what was expected and what was found.
     """
+    total = _total(_read(path), path)
+    expected = (shape.num_moe_layers, shape.n_routed_experts)
+    if total.shape != expected:
+        raise ConfigError(
+            f"{path}: total: expected {_times(expected)} (mixture layers x experts of {model_name}), "
+            f"found {_times(total.shape)}"
+        )
+    return total
+
+
+def _read(path: str) -> dict[str, Any]:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -65,16 +101,14 @@ def read_total_load(path: str, shape: ModelConfig, *, model_name: str) -> NDArra
     if not isinstance(data, dict) or "total" not in data:
         found = f"keys {', '.join(list(data)[:8]) or 'none'}" if isinstance(data, dict) else type(data).__name__
         raise ConfigError(f"{path}: total: expected tokens per layer and expert, found {found}")
-    expected = (shape.num_moe_layers, shape.n_routed_experts)
+    return data
+
+
+def _total(data: dict[str, Any], path: str) -> NDArray[np.float64]:
     try:
         total = np.array(data["total"], np.float64)
     except (ValueError, TypeError):
         raise ConfigError(f"{path}: total: expected rows of numbers, found {shown(data['total'])}") from None
-    if total.shape != expected:
-        raise ConfigError(
-            f"{path}: total: expected {_times(expected)} (mixture layers x experts of {model_name}), "
-            f"found {_times(total.shape)}"
-        )
     if not np.isfinite(total).all() or (total < 0).any():
         raise ConfigError(f"{path}: total: expected counts, found a value that is negative or no number")
     return total

@@ -5,13 +5,12 @@ Must not know: how load is measured or drawn.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from serving.cli_options import listed
+from serving.cli_options import listed, make_writable
 from serving.errors import ConfigError
 
 PICTURE_FILE = "expert_load.png"
@@ -47,7 +46,7 @@ def expert_load(
         raise ConfigError(f"{checkpoint}: {error}") from None
     if not shape.num_moe_layers:
         raise ConfigError(f"{checkpoint}: has no mixture layer, whose experts could be counted")
-    _make_writable(directory)
+    make_writable(directory)
     load = ExpertLoad(
         shape=shape,
         divided_by="kinds",
@@ -73,13 +72,3 @@ def expert_load(
             f"{relative_load(part).max():.2f} x the mean of its layer"
         )
     typer.echo(f"wrote {directory / LOAD_FILE} and {directory / PICTURE_FILE}")
-
-
-def _make_writable(directory: Path) -> None:
-    """Before the work, not after it."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{directory}: {error.strerror}") from None
-    if not os.access(directory, os.W_OK):
-        raise ConfigError(f"{directory}: cannot be written to")

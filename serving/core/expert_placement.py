@@ -87,6 +87,25 @@ def balanced_placement(
     return _with_tables(physical, num_experts + (num_shared_copies > 0), num_ranks)
 
 
+def static_placement(
+    *, num_layers: int, num_experts: int, num_physical: int, num_ranks: int, num_shared_copies: int = 0
+) -> ExpertPlacement:
+    """A placement that knows no load, the same in every layer: what there is without a balancer.
+
+    Experts stand in order, as many on each rank. If there are more slots than that takes, or shared copies, they are
+    given out as if all experts were used alike. Raises UnfitRequest if sizes do not divide.
+    """
+    if num_shared_copies or num_physical != num_experts:
+        return balanced_placement(
+            uniform_load(num_layers, num_experts),
+            num_physical=num_physical,
+            num_ranks=num_ranks,
+            num_shared_copies=num_shared_copies,
+        )
+    _check_sizes(num_experts, num_physical, 1, 1, num_ranks, 0)
+    return _with_tables(np.tile(np.arange(num_experts, dtype=np.int64), (num_layers, 1)), num_experts, num_ranks)
+
+
 def _check_sizes(
     num_experts: int, num_physical: int, num_groups: int, num_nodes: int, num_ranks: int, num_shared_copies: int
 ) -> None:

@@ -1,1 +1,1 @@
-"""Estimates of steps, operators and transfers as plain data, for the command line and for tables."""
+"""What the modeled machine takes for a step, an operator, a transfer; held against what was published about it."""

@@ -10,7 +10,8 @@ import pytest
 from serving import cli
 
 VERBS = (
-    "bench", "check", "eval", "expert-load", "presets", "quantize", "replay", "run", "serve", "simulate", "train",
+    "bench", "calibrate", "check", "eval", "expert-load", "expert-traffic", "presets", "quantize", "replay", "reproduce",
+    "run", "serve", "simulate", "train",
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.core.errors import UnfitRequest
-from serving.core.expert_placement import balanced_placement, uniform_load
+from serving.core.expert_placement import balanced_placement, static_placement, uniform_load
 
 PROFILE = settings(derandomize=True, database=None, deadline=None, max_examples=80)
 
@@ -69,6 +69,16 @@ def test_without_redundancy_experts_stay_with_their_group_on_one_node():
     placement = balanced_placement(load, num_physical=8, num_groups=4, num_nodes=2, num_ranks=4)
     node_of = placement.logical_to_physical[0, :, 0] // 4
     assert node_of.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_a_static_placement_has_experts_in_order_and_spare_slots_as_for_a_uniform_load():
+    in_order = static_placement(num_layers=2, num_experts=4, num_physical=4, num_ranks=2)
+    assert in_order.physical_to_logical.tolist() == [[0, 1, 2, 3]] * 2
+    spare = static_placement(num_layers=1, num_experts=4, num_physical=6, num_ranks=2)
+    by_uniform = balanced_placement(uniform_load(1, 4), num_physical=6, num_ranks=2)
+    assert spare.physical_to_logical.tolist() == by_uniform.physical_to_logical.tolist()
+    with pytest.raises(UnfitRequest, match="num_physical: 4 slots do not divide over 3 ranks"):
+        static_placement(num_layers=1, num_experts=4, num_physical=4, num_ranks=3)
 
 
 @st.composite

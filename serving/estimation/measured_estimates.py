@@ -1,0 +1,138 @@
+"""What-if questions to measured H100 and H200 operators, answered with JSON-ready dictionaries.
+
+Owns: the units and keys of the answers, and what is said about their reach.
+Must not know: command lines, how steps are put together (devices/measured_step.py).
+Source: throughput = batch * tokens per step / step time; bytes of DeepEP's messages from its low-latency test.
+
+Every function raises TableError (a ValueError) where the tables do not reach; nothing is extrapolated.
+"""
+
+from typing import Any
+
+from devices.measured_step import BALANCE, Balance, MeasuredStep, decode_step, nodes_of, prefill_step
+from devices.measured_tables import MeasuredTables
+
+__all__ = ["measured_combine", "measured_decode", "measured_dispatch", "measured_gemm", "measured_prefill"]
+
+FP8_FLOPS_PER_S = 1979e12  # NVIDIA H100 and H200 SXM datasheets, dense FP8; BF16 is half
+HIDDEN = 7168  # DeepSeek-V3's config.json
+TOPK = 8  # DeepSeek-V3's config.json
+DISPATCH_MESSAGE_BYTES = (
+    HIDDEN + HIDDEN // 128 * 4 + 16
+)  # DeepEP tests/test_low_latency.py: FP8, a scale per 128, a header
+COMBINE_MESSAGE_BYTES = 2 * HIDDEN  # DeepEP tests/test_low_latency.py: BF16
+
+NOT_COUNTED = "not in the tables, hence not counted: norms, SwiGLU outside experts, top-k, sampling, launch gaps, host"
+SAME_NETWORK = "DeepEP across nodes: one measurement stands for H100 and H200, with balanced routing"
+SLOW_EIGHT_NODES = (
+    "DeepEP normal on 8 nodes was measured at about 3 times the dispatch time of 4 nodes, with erratic waits"
+)
+DOUBLED_BATCH = "two query tokens per request are taken as two requests by attention, which reads the cache twice"
+
+
+def measured_decode(
+    tables: MeasuredTables,
+    *,
+    batch_per_gpu: float,
+    kv_len: float,
+    ep: int,
+    mtp: bool,
+    acceptance: float,
+    overlap: bool,
+    balance: Balance,
+) -> dict[str, Any]:
+    """A decode step of `batch_per_gpu` requests with `kv_len` tokens each on every GPU of `ep`.
+
+    `acceptance` is the share of drafts that count, used with `mtp` only. Keys: tpot_ms, tokens_per_s_per_gpu,
+    iteration_ms, layer_us (one layer with experts), breakdown (microseconds by operator, adding up to the iteration),
+    coverage.
+    """
+    if not 0 <= acceptance <= 1:
+        raise ValueError(f"acceptance {acceptance} must be between 0 and 1")
+    step = decode_step(
+        tables, batch_per_gpu=batch_per_gpu, kv_len=kv_len, ep=ep, mtp=mtp, overlap=overlap, balance=balance
+    )
+    tokens_per_step = 1 + acceptance if mtp else 1.0
+    notes = [NOT_COUNTED, SAME_NETWORK, _routing(balance), *([DOUBLED_BATCH] if mtp else [])]
+    return {
+        "tpot_ms": step.seconds * 1e3 / tokens_per_step,
+        "tokens_per_s_per_gpu": batch_per_gpu * tokens_per_step / step.seconds,
+        **_step_answer(step, notes),
+    }
+
+
+def measured_prefill(
+    tables: MeasuredTables, *, prompt_len: float, tokens_per_gpu: float, ep: int, overlap: bool, balance: Balance
+) -> dict[str, Any]:
+    """A prefill step of whole prompts, `tokens_per_gpu` on every GPU of `ep`.
+
+    Keys: ttft_ms (the step alone, without queueing), tokens_per_s_per_gpu, iteration_ms, layer_us, breakdown, coverage.
+    """
+    step = prefill_step(
+        tables, prompt_len=prompt_len, tokens_per_gpu=tokens_per_gpu, ep=ep, overlap=overlap, balance=balance
+    )
+    notes = [NOT_COUNTED, SAME_NETWORK, _routing(balance), *([SLOW_EIGHT_NODES] if nodes_of(ep) > 4 else [])]
+    return {
+        "ttft_ms": step.seconds * 1e3,
+        "tokens_per_s_per_gpu": tokens_per_gpu / step.seconds,
+        **_step_answer(step, notes),
+    }
+
+
+def measured_gemm(tables: MeasuredTables, *, groups: int, m: float, n: float, k: float) -> dict[str, Any]:
+    """`groups` FP8 products of m x k by k x n with BF16 output, one after the other.
+
+    Keys: time_us, tops, utilization (of the dense FP8 peak), bandwidth_gb_per_s (inputs, weights and output once),
+    coverage.
+    """
+    if groups < 1:
+        raise ValueError(f"groups {groups} must be at least 1")
+    seconds = groups * tables.seconds("gemm_fp8", m=m, n=n, k=k)
+    flops_per_s = groups * 2 * m * n * k / seconds
+    notes = ["single products were measured: a grouped kernel can overlap its groups"] if groups > 1 else []
+    return {
+        "time_us": seconds * 1e6,
+        "tops": flops_per_s * 1e-12,
+        "utilization": flops_per_s / FP8_FLOPS_PER_S,
+        "bandwidth_gb_per_s": groups * (m * k + n * k + 2 * m * n) / seconds * 1e-9,
+        "coverage": _inside(notes),
+    }
+
+
+def measured_dispatch(tables: MeasuredTables, *, ep: int, tokens: float) -> dict[str, Any]:
+    """DeepEP's low-latency dispatch of `tokens` per GPU to 256 experts, top-8, FP8.
+
+    Keys: latency_us, bandwidth_gb_per_s (bytes sent by one GPU), coverage.
+    """
+    return _exchange(tables, "dispatch_low_latency", ep, tokens, DISPATCH_MESSAGE_BYTES)
+
+
+def measured_combine(tables: MeasuredTables, *, ep: int, tokens: float) -> dict[str, Any]:
+    """DeepEP's low-latency combine, the way back in BF16, with the same keys."""
+    return _exchange(tables, "combine_low_latency", ep, tokens, COMBINE_MESSAGE_BYTES)
+
+
+def _exchange(tables: MeasuredTables, operator: str, ep: int, tokens: float, message_bytes: int) -> dict[str, Any]:
+    seconds = tables.seconds(operator, nodes=nodes_of(ep), tokens=tokens, experts=256)
+    return {
+        "latency_us": seconds * 1e6,
+        "bandwidth_gb_per_s": tokens * TOPK * message_bytes / seconds * 1e-9,
+        "coverage": _inside([SAME_NETWORK]),
+    }
+
+
+def _step_answer(step: MeasuredStep, notes: list[str]) -> dict[str, Any]:
+    return {
+        "iteration_ms": step.seconds * 1e3,
+        "layer_us": step.moe_layer_s * 1e6,
+        "breakdown": {name: seconds * 1e6 for name, seconds in step.breakdown_s.items()},
+        "coverage": _inside(notes),
+    }
+
+
+def _routing(balance: Balance) -> str:
+    return f"experts: the hottest rank under routing {BALANCE[balance]}, which stands for balance {balance}"
+
+
+def _inside(notes: list[str]) -> dict[str, Any]:
+    return {"inside": True, "notes": notes}
