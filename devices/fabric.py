@@ -2,7 +2,8 @@
 
 Owns: until when every port is busy, which links are down or slow, and how many bytes each plane has carried.
 Must not know: clocks (`now_ns` comes in), what the bytes are.
-Source: bandwidth and latency of a transfer alone from the hardware file (arXiv 2506.12708, table 1 for UB).
+Source: bandwidth and latency of a transfer alone from the hardware file (arXiv 2506.12708, table 1 for UB), joined
+as in devices/transfer.py.
 
 Each endpoint has one port out and one port in per plane; on VPC a node's endpoints share its pair. A
 transfer keeps both of its ports busy for bytes / bandwidth of its path, in the order in which transfers were
@@ -10,12 +11,15 @@ reserved:
 
     out port of src   |--- earlier ---|--- this ---|
     in port of dst    |-- earlier --|--- this ---|
-                                                  ^ + latency = finish: both ports have served it
+                                                  ^ + zero-byte latency = finish: both ports have served it
 
 A port that waits for the other one is not blocked meanwhile. So a reservation costs O(1), a port serves
-FIFO, a transfer alone takes latency + bytes / bandwidth, more traffic never makes anything finish earlier,
-and a set of transfers reserved at one instant keeps each port busy equally long in whatever order it was
-reserved.
+FIFO, a transfer alone takes the time of devices/transfer.py (512 bytes exactly the path's latency), more
+traffic never makes anything finish earlier, and a set of transfers reserved at one instant keeps each port
+busy equally long in whatever order it was reserved.
+
+The end of a reservation is known when it is made and never changes, which is what a control plane needs.
+Links that are shared fairly, and the switches between the ports, are in devices/flows.py.
 """
 
 from dataclasses import dataclass
@@ -134,7 +138,7 @@ class Fabric:
             finish_ns = max(finish_ns, until_ns)
         state.num_bytes += num_bytes
         state.num_transfers += 1
-        return finish_ns + path.latency_ns
+        return finish_ns + path.zero_byte_latency_ns
 
     def fail_link(self, plane: PlaneName, endpoint: Endpoint) -> None:
         """Take an endpoint off a plane. Transfers that were reserved before are not undone."""

@@ -74,13 +74,13 @@ class Fitted:
     attention_exposed: float  # share of the shorter of compute and memory time that attention does not hide
     expert_load_skew: float  # of the published evaluation, over that of the load generator
     expert_load_drift: float  # of one request's expert load from the statistics: sigma of a log-normal
-    vpc_efficiency: float  # of VPC's nominal bandwidth
+    pool_vpc_efficiency: float  # of VPC's nominal bandwidth, that reads from the pool reach
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{field.name}: {value} must be finite and at least 0")
-        for name in ("gemm_utilization", "vpc_efficiency"):
+        for name in ("gemm_utilization", "pool_vpc_efficiency"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}: {getattr(self, name)} must be above 0 and at most 1")

@@ -10,7 +10,7 @@ A path is what one transfer can use alone: `paths[pair, op, scope]`. `read` is s
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 from devices.rates import BulkAllToAll, Fitted, Rates
@@ -21,7 +21,8 @@ Scope = Literal["inter", "intra"]
 PlaneName = Literal["ub", "rdma", "vpc"]
 PathKey: TypeAlias = tuple[Pair, Op, Scope]
 
-FITTED_KEYS = ("value", "low", "high", "rows")
+FITTED_KEYS = ("value", "low", "high", "rows")  # of one entry of a hardware file's section `fitted`
+LATENCY_MESSAGE_BYTES = 512  # arXiv 2506.12708v2, table 1: the message whose latency it gives
 
 SpecT = TypeVar("SpecT")
 
@@ -32,14 +33,20 @@ class SpecError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathSpec:
-    """One transfer alone between two endpoints: bandwidth one way, and latency of a small message."""
+    """One transfer alone between two endpoints: bulk bandwidth one way, and latency of a message of 512 bytes.
+
+    The zero-byte latency is what a transfer takes beyond its time on the wire; devices/transfer.py has the relation.
+    """
 
     bytes_per_s: float
     latency_ns: int
+    zero_byte_latency_ns: int = field(init=False, repr=False)  # kept, since the fabric asks at every transfer
 
     def __post_init__(self) -> None:
         _positive("bytes_per_s", self.bytes_per_s)
         _not_negative("latency_ns", self.latency_ns)
+        zero_byte_ns = self.latency_ns - round(LATENCY_MESSAGE_BYTES * 1e9 / self.bytes_per_s)
+        object.__setattr__(self, "zero_byte_latency_ns", max(0, zero_byte_ns))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +61,8 @@ class DieSpec:
     hbm_bytes_per_s: float
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            _positive(field.name, getattr(self, field.name))
+        for part in fields(self):
+            _positive(part.name, getattr(self, part.name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,14 +100,6 @@ class PlaneSpec:
         if self.port_owner not in ("endpoint", "node"):
             raise SpecError(f"port_owner: {self.port_owner!r} is neither 'endpoint' nor 'node'")
 
-    def scaled(self, factor: float) -> "PlaneSpec":
-        """The same plane with `factor` times the bandwidth."""
-        return replace(
-            self,
-            die_port_bytes_per_s=self.die_port_bytes_per_s * factor,
-            paths={key: replace(path, bytes_per_s=path.bytes_per_s * factor) for key, path in self.paths.items()},
-        )
-
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, where: str = "plane") -> "PlaneSpec":
         """Read one entry of `planes`; `paths` is nested there as pair, op, scope."""
@@ -108,6 +107,53 @@ class PlaneSpec:
             raise SpecError(f"{where}: {raw!r} is not a mapping")
         paths = _read_paths(_section(raw, "paths", f"{where}."), where=f"{where}.paths")
         return _build(cls, {**raw, "paths": paths}, where)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UbTopologySpec:
+    """The UB plane's switch chips. Chip i of a node's first level belongs to sub-plane i of the second.
+
+    Every first-level chip has `l1_uplinks_per_chip` links to the second-level chips of its sub-plane.
+    """
+
+    link_bytes_per_s: float  # one way
+    l1_chips_per_node: int  # also the number of sub-planes
+    l1_uplinks_per_chip: int
+    l2_chips_per_sub_plane: int
+    l2_ports_per_chip: int
+    l2_chips_per_logical_switch: int
+    host_port_bytes_per_s: float  # one way, per CPU socket
+
+    def __post_init__(self) -> None:
+        for part in fields(self):
+            _positive(part.name, getattr(self, part.name))
+        if self.l2_chips_per_sub_plane % self.l2_chips_per_logical_switch:
+            raise SpecError(
+                f"l2_chips_per_sub_plane: {self.l2_chips_per_sub_plane} is not a multiple of "
+                f"l2_chips_per_logical_switch {self.l2_chips_per_logical_switch}"
+            )
+
+    @property
+    def node_uplink_bytes_per_s(self) -> float:
+        """All links of one node to the second level, one way."""
+        return self.l1_chips_per_node * self.l1_uplinks_per_chip * self.link_bytes_per_s
+
+    @property
+    def max_nodes(self) -> int:
+        """Nodes that one second level can join without losing bandwidth: its ports over a node's uplinks."""
+        return self.l2_chips_per_sub_plane * self.l2_ports_per_chip // self.l1_uplinks_per_chip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageSpec:
+    """Where models come from: an object-storage bucket that all instances share, and hosts' DRAM."""
+
+    bucket_bytes_per_s: float
+    model_load_bytes_per_s: float  # from cached DRAM into the NPUs of one instance
+
+    def __post_init__(self) -> None:
+        for part in fields(self):
+            _positive(part.name, getattr(self, part.name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +169,8 @@ class SupernodeSpec:
     planes: Mapping[PlaneName, PlaneSpec]
     rates: Rates
     fitted: Fitted
+    ub_topology: UbTopologySpec | None = None  # None: not known
+    storage: StorageSpec | None = None  # None: not known
 
     def __post_init__(self) -> None:
         for name in ("num_nodes", "npus_per_node", "hosts_per_node"):
@@ -132,6 +180,8 @@ class SupernodeSpec:
                 raise SpecError(f"planes.{plane}: missing")
         if self.rates.ep_plane not in self.planes:
             raise SpecError(f"rates.ep_plane: {self.rates.ep_plane!r} is none of {', '.join(self.planes)}")
+        if self.ub_topology is not None and self.num_nodes > self.ub_topology.max_nodes:
+            raise SpecError(f"num_nodes: {self.num_nodes} exceeds the {self.ub_topology.max_nodes} of ub_topology")
 
     @property
     def num_npus(self) -> int:
@@ -160,14 +210,14 @@ class SupernodeSpec:
                 raise SpecError(f"planes.{name}: unknown key")
             planes[cast(PlaneName, name)] = PlaneSpec.from_dict(plane, where=f"planes.{name}")
         values["planes"] = planes
+        for name, part in (("ub_topology", UbTopologySpec), ("storage", StorageSpec)):
+            if name in values:
+                values[name] = _build(part, _section(values, name), name)
         rates = dict(_section(values, "rates"))
         bulk = _section(rates, "bulk_all_to_all", "rates.")
         rates["bulk_all_to_all"] = _build(BulkAllToAll, _tuples(bulk), "rates.bulk_all_to_all")
         values["rates"] = _build(Rates, rates, "rates")
-        fitted = _build(Fitted, _fitted_values(_section(values, "fitted")), "fitted")
-        if "vpc" in planes:
-            planes["vpc"] = planes["vpc"].scaled(fitted.vpc_efficiency)
-        values["fitted"] = fitted
+        values["fitted"] = _build(Fitted, _fitted_values(_section(values, "fitted")), "fitted")
         return _build(cls, values, "")
 
 
@@ -204,13 +254,17 @@ def _fitted_values(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _build(cls: type[SpecT], raw: Mapping[str, Any], where: str) -> SpecT:
     """`cls(**raw)`, with numbers of the declared kind and errors that name the whole path."""
     prefix = f"{where}." if where else ""
-    kinds = {field.name: field.type for field in fields(cls)}  # type: ignore[arg-type]
+    given = [part for part in fields(cls) if part.init]  # type: ignore[arg-type]
+    kinds = {part.name: part.type for part in given}
+    optional = {part.name for part in given if part.default is not MISSING}
     for name in raw:
         if name not in kinds:
             raise SpecError(f"{prefix}{name}: unknown key")
     values: dict[str, Any] = {}
     for name, kind in kinds.items():
         if name not in raw:
+            if name in optional:
+                continue
             raise SpecError(f"{prefix}{name}: missing")
         value = raw[name]
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -52,8 +52,8 @@ def decode(
 ) -> Answer:
     """A decode iteration of `batch_per_npu` requests with `kv_len` tokens each, on every NPU of an instance.
 
-    Keys: tpot_ms, tokens_per_s_per_npu, tokens_per_s_per_tflops (of the INT8 or FP8 peak), iteration_ms, layer_us (one
-    mixture layer), attention_stream_us and moe_stream_us (one microbatch; without microbatches the whole batch),
+    Keys: tpot_ms, tokens_per_s_per_npu, tokens_per_s_per_tflops (of the INT8 or FP8 peak), iteration_ms, layer_us
+    (one mixture layer), attention_stream_us and moe_stream_us (one microbatch; without microbatches the whole batch),
     attention_aic (cube cores of the attention stream, None without streams), breakdown (ms, adds up to the iteration).
     `mtp` drafts per step, each accepted with probability `acceptance` if those before it were.
     Raises ConfigError, with the sum, if a die's HBM cannot hold it.
@@ -125,8 +125,9 @@ def prefill(
 ) -> Answer:
     """A batch of prompts, `tokens_per_npu` on every NPU of an instance, of which the share `reuse` is in the pool.
 
-    Keys: ttft_ms (load and batch, without queueing), tokens_per_s_per_npu (reused tokens count), tokens_per_s_per_tflops,
-    layer_us, pool_load_ms, breakdown (ms, adds up to ttft_ms). With `pool_plane` none there is no pool: all is computed.
+    Keys: ttft_ms (load and batch, without queueing), tokens_per_s_per_npu (reused tokens count),
+    tokens_per_s_per_tflops, layer_us, pool_load_ms, breakdown (ms, adds up to ttft_ms). With `pool_plane` none there is
+    no pool: all is computed.
     Raises ConfigError, with the sum, if a die's HBM cannot hold it.
     """
     spec, shape = hardware_of(hardware), model_of(model)
@@ -181,7 +182,7 @@ def prefill(
 def dispatch(
     *, hardware: Hardware = "cloudmatrix384", model: str = "deepseek-r1", ep: int = 64, tokens: int = 128
 ) -> Answer:
-    """Fused dispatch of `tokens` per die by all of its vector cores, balanced routing. Bandwidth as table 7 counts it."""
+    """Fused dispatch of `tokens` per die by all its vector cores, balanced routing; bandwidth as table 7 counts it."""
     return _exchange(hardware, model, "dispatch", ep, tokens)
 
 
@@ -215,11 +216,9 @@ def attention(
     query_tokens: int = 1,
     num_heads: int = 128,
 ) -> Answer:
-    """The fused decode attention of one layer on a whole die, in BF16; utilization of BF16 peak and of HBM bandwidth."""
+    """Fused decode attention of one layer on a whole die, in BF16; utilization of BF16 peak and of HBM bandwidth."""
     spec = hardware_of(hardware)
-    _at_least(
-        1, requests_per_die=requests_per_die, kv_len=kv_len, query_tokens=query_tokens, num_heads=num_heads
-    )
+    _at_least(1, requests_per_die=requests_per_die, kv_len=kv_len, query_tokens=query_tokens, num_heads=num_heads)
     shape = replace(model_of(model), num_attention_heads=num_heads)
     operators = Operators(shape, spec, ExpertDeployment.published(shape, ep=1))
     tokens, kv = requests_per_die * query_tokens, requests_per_die * kv_len
@@ -278,12 +277,14 @@ def model_of(model: str) -> ModelConfig:
 
 @lru_cache(maxsize=8)
 def _named_hardware(name: str) -> SupernodeSpec:
-    return _part(name, "hardware", SupernodeSpec.from_dict)
+    spec: SupernodeSpec = _part(name, "hardware", SupernodeSpec.from_dict)
+    return spec
 
 
 @lru_cache(maxsize=8)
 def _named_model(name: str) -> ModelConfig:
-    return _part(name, "model", ModelConfig.from_dict)
+    shape: ModelConfig = _part(name, "model", ModelConfig.from_dict)
+    return shape
 
 
 def _part(name: str, folder: str, parse: Callable[[dict[str, Any]], Any]) -> Any:
@@ -326,9 +327,9 @@ def _check_fits(
     hbm_bytes = spec.npu.die.hbm_bytes
     if memory.used_bytes > hbm_bytes:
         raise ConfigError(
-            f"does not fit in HBM: {memory.weight_bytes / GIB:.1f} GiB of weights + {memory.buffer_bytes / GIB:.1f} GiB "
-            f"of buffers + {memory.cache_bytes / GIB:.1f} GiB of latent cache = {memory.used_bytes / GIB:.1f} GiB, a die "
-            f"of {spec.name} has {hbm_bytes / GIB:.1f} GiB"
+            f"does not fit in HBM: {memory.weight_bytes / GIB:.1f} GiB of weights + "
+            f"{memory.buffer_bytes / GIB:.1f} GiB of buffers + {memory.cache_bytes / GIB:.1f} GiB of latent cache = "
+            f"{memory.used_bytes / GIB:.1f} GiB, a die of {spec.name} has {hbm_bytes / GIB:.1f} GiB"
         )
 
 
@@ -342,7 +343,8 @@ def _pool_load_s(spec: SupernodeSpec, shape: ModelConfig, tokens: float, plane: 
     path = told.paths["npu_host", "read", "inter"]
     bytes_per_s = min(path.bytes_per_s, spec.rates.pool_read_bytes_per_s)
     if told.port_owner == "node":
-        bytes_per_s = min(bytes_per_s, told.die_port_bytes_per_s / (spec.npus_per_node * spec.npu.num_dies))
+        share = told.die_port_bytes_per_s / (spec.npus_per_node * spec.npu.num_dies)
+        bytes_per_s = min(bytes_per_s, share * spec.fitted.pool_vpc_efficiency)
     return tokens * work.kv_bytes_per_token(shape) / bytes_per_s + path.latency_ns * 1e-9
 
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from devices.spec import SupernodeSpec
+from devices.topology import Topology
 from model.config import ModelConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -21,6 +22,12 @@ def hardware_file() -> str:
 def supernode(hardware_file: str) -> SupernodeSpec:
     """The machine of the paper."""
     return SupernodeSpec.from_dict(yaml.safe_load(hardware_file))
+
+
+@pytest.fixture(scope="session")
+def topology(supernode: SupernodeSpec) -> Topology:
+    """Its links."""
+    return Topology(supernode)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from devices.operators import Operators
 from devices.pipeline import Role, StepDetail, StepTimeModel, StepWork
 from devices.spec import SupernodeSpec
 from model.config import ModelConfig
+from tests.machines import with_plane_scaled
 
 ROLES: list[tuple[Role, int]] = [("prefill", 32), ("decode", 320), ("colocated", 4)]
 
@@ -116,7 +117,7 @@ def test_decode_streams_are_split_where_the_longer_is_shortest(
 def test_prefill_hides_the_all_to_alls(supernode: SupernodeSpec, deepseek_r1: ModelConfig) -> None:
     detail = time_model(deepseek_r1, supernode, "prefill", ep=32).detail(prefill_work(64, 4096))
     assert busy(detail, "sdma") < detail.layer_s == pytest.approx(busy(detail, "attention", "moe"))
-    sdma_bound = dataclasses.replace(supernode, planes={**supernode.planes, "ub": supernode.planes["ub"].scaled(0.2)})
+    sdma_bound = with_plane_scaled(supernode, "ub", 0.2)
     slow = time_model(deepseek_r1, sdma_bound, "prefill", ep=32).detail(prefill_work(64, 4096))
     assert slow.layer_s >= busy(slow, "sdma")
 
@@ -265,7 +266,7 @@ def test_slower_hardware_is_never_faster(
         return dataclasses.replace(supernode, npu=dataclasses.replace(supernode.npu, die=die))
 
     die = supernode.npu.die
-    slow_ub = dataclasses.replace(supernode, planes={**supernode.planes, "ub": supernode.planes["ub"].scaled(factor)})
+    slow_ub = with_plane_scaled(supernode, "ub", factor)
     fewer_cores = with_die(
         num_aic=aic,
         num_aiv=2 * aic,
