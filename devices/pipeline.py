@@ -15,7 +15,7 @@ with the attention stream's cores and M rises, so it is found by bisection.
 
 Prefill: cube and vector work of both microbatches, and their collectives, follow each other; the two all-to-alls of
 one run on SDMA while the other computes. A layer takes 2 * max(compute, SDMA). Without microbatches a layer is the
-plain sum of its operators. A step takes the better of both.
+plain sum of its operators. A step takes the better of both, unless the split of the cores is given.
 
 Every layer ends in an all-to-all, so the slowest rank sets its time. Ranks stand for those of an instance with
 `deployment.ep` dies: tokens per expert follow from the mean over ranks. The longest context and the most tokens count
@@ -151,7 +151,8 @@ class StepTimeModel:
         layer = plain
         if self._microbatch:
             overlapped = self._prefill_layer(load) if self._role == "prefill" else self._decode_layer(load)
-            if _total(overlapped.exposed) * num_moe + overlapped.ramp_s < _total(plain.exposed) * num_moe:
+            overlapped_s = _total(overlapped.exposed) * num_moe + overlapped.ramp_s
+            if self._attention_aic is not None or overlapped_s < _total(plain.exposed) * num_moe:
                 layer = overlapped
         exposed = {name: seconds * num_moe for name, seconds in layer.exposed.items()}
         if num_moe:

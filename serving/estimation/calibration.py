@@ -22,7 +22,7 @@ from serving.estimation.evaluation import relative_error
 from serving.estimation.published import PublishedRow
 
 MAX_CONSTANTS = 10
-_STEP = 1e-4  # of the differences, as a share of a range: far above rounding, and it evens out steps of tiles
+_STEP = 3e-3  # of the differences, as a share of a range: wide enough to even out the steps of tiles and waves
 _SINGULAR = 1e-6  # singular values below this share of the largest say nothing
 _MAX_STEPS = 200  # a smooth model takes about ten; one with corners may not settle
 _TETHER = 1e-6  # residual of a constant that went all its range away from its start; see fit
