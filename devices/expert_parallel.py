@@ -11,9 +11,10 @@ With T tokens per die, K copies each, message bytes b and a write bandwidth w, f
     dispatch   n * (b / w + copy) / drive + fixed + EP / vector cores * latency        counts and flags, rank by rank
     combine    n' * (b / w + copy) / drive + launch + latency                          flags ride on the data
 
-`copy` is what a die's vector cores spend on one copy beside its bytes, `drive` the share of that pace that some of them
-reach. Dispatch is paced by the senders, unless the hottest receiver's port takes longer; combine by the die that has
-most to send back, which is the hottest: n' is its number of copies.
+`copy` is what a die's vector cores spend on one copy beside its bytes. `drive` is the share of that pace that some of
+them reach: it saturates, 1 - 0.05 ** (cores / cores for 95 %). Dispatch is paced by the senders, unless the hottest
+receiver's port takes longer; combine by the die that has most to send back, which is the hottest: n' is its number of
+copies.
 """
 
 import math
@@ -51,7 +52,7 @@ class ExpertParallel:
         self._latency_s = write.latency_ns * 1e-9
         self._launch_s = rates.launch_s
         self._copy_s, self._dispatch_fixed_s = fitted.ep_copy_s, fitted.dispatch_fixed_s
-        self._drive_per_aiv = 0.95 / rates.ep_aiv_for_95_percent
+        self._aiv_for_95_percent = rates.ep_aiv_for_95_percent
         bulk = rates.bulk_all_to_all
         at = math.log2(ep), np.log2(bulk.ep)
         self._bulk_dispatch_bytes_per_s = plane.die_port_bytes_per_s * float(np.interp(*at, bulk.dispatch_utilization))
@@ -90,7 +91,7 @@ class ExpertParallel:
         return self._bulk(tokens, self._combine_bytes, self._bulk_combine_bytes_per_s)
 
     def _write_s(self, copies: float, message_bytes: int, aiv: int) -> float:
-        drive = min(1.0, self._drive_per_aiv * aiv)
+        drive = 1 - 0.05 ** (aiv / self._aiv_for_95_percent)
         off_s = copies * self._off_package * (message_bytes / self._write_bytes_per_s + self._copy_s)
         in_s = copies * self._in_package * (message_bytes / self._die_to_die_bytes_per_s + self._copy_s)
         return max(off_s, in_s) / drive

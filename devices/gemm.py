@@ -5,7 +5,7 @@ Must not know: which operator of the model a product belongs to.
 Source: tiles of 128 x 152 and the byte count (each matrix touched once) are those of arXiv 2506.12708v2, table 10.
 
     time = max(compute, bytes / HBM bandwidth) + launch
-    compute = ceil(tiles / cores) * (m_tile / 128) * (2 * 128 * 152 * k / (core peak * utilization) + begin and end)
+    compute = waves * (2 * 128 * 152 * k / (core peak * utilization) + begin and end), waves = ceil(tiles / cores)
 
 An output of m x n is cut into tiles of `gemm_tile_m` x `gemm_tile_n`, each computed by one core; the last wave may
 leave cores idle, and rows that do not fill a tile are computed nevertheless. A product with fewer rows than one tile
@@ -35,28 +35,46 @@ class Gemm:
         self._launch_s = rates.launch_s
 
     def seconds(
-        self, m: float, n: int, k: int, *, aic: int, groups: float = 1.0, bf16: bool = False, out_bytes: float = 2.0
+        self,
+        m: float,
+        n: int,
+        k: int,
+        *,
+        aic: int,
+        groups: float = 1.0,
+        bf16: bool = False,
+        out_bytes: float = 2.0,
+        m_varies: bool = False,
     ) -> float:
         """`groups` products of m x k by k x n, without the launch; none of them, no time.
 
-        `m` may be a mean, so it need not be whole. INT8 inputs unless `bf16`; `out_bytes` per element of the result.
+        INT8 inputs unless `bf16`; `out_bytes` per element of the result. With `m_varies`, `m` is the mean of numbers
+        that differ from layer to layer: half a step of rows and half a wave are left over on average.
         """
         if m <= 0 or groups <= 0:
             return 0.0
         width = BF16_BYTES if bf16 else INT8_BYTES
         memory_s = groups * (width * k * (m + n) + out_bytes * m * n) / self._hbm_bytes_per_s
-        compute_s = self._compute_s(m, n, k, aic=aic, groups=groups, bf16=bf16)
+        row_tiles = self._mean_row_tiles(m) if m_varies else self._row_tiles(m)
+        waves = groups * row_tiles * math.ceil(n / self._tile_n) / aic
+        if m_varies:
+            waves = max(waves + 0.5, row_tiles)
+        else:
+            waves = math.ceil(waves / min(1.0, row_tiles)) * min(1.0, row_tiles)
+        compute_s = waves * (k * (self._bf16_s_per_k if bf16 else self._int8_s_per_k) + self._tile_s)
         return compute_s if compute_s > memory_s else memory_s
 
     def launched(self, m: float, n: int, k: int, *, aic: int, groups: float = 1.0, bf16: bool = False) -> float:
         """The same as one operator: with its launch."""
         return self.seconds(m, n, k, aic=aic, groups=groups, bf16=bf16) + self._launch_s
 
-    def _compute_s(self, m: float, n: int, k: int, *, aic: int, groups: float, bf16: bool) -> float:
-        tile_m = self._tile_m
-        if m <= tile_m:
-            row_tiles, height = 1, math.ceil(m / ROW_STEP) * ROW_STEP / tile_m
-        else:
-            row_tiles, height = math.ceil(m / tile_m), 1.0
-        waves = math.ceil(groups * row_tiles * math.ceil(n / self._tile_n) / aic)
-        return waves * height * (k * (self._bf16_s_per_k if bf16 else self._int8_s_per_k) + self._tile_s)
+    def _row_tiles(self, m: float) -> float:
+        """Full tiles of `m` rows, or the share of one that a lower tile is."""
+        if m <= self._tile_m:
+            return math.ceil(m / ROW_STEP) * ROW_STEP / self._tile_m
+        return math.ceil(m / self._tile_m)
+
+    def _mean_row_tiles(self, m: float) -> float:
+        """The same on average: half a step more, of low tiles for few rows, of full ones for many."""
+        step = ROW_STEP + (self._tile_m - ROW_STEP) * min(1.0, m / self._tile_m)
+        return (m + step / 2) / self._tile_m

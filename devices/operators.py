@@ -201,8 +201,9 @@ class Operators:
 
     def _expert_mlp(self, tokens: float, *, groups: float, aic: int) -> float:
         c = self._config
-        gate_up = self._gemm.seconds(tokens, 2 * c.moe_intermediate_size, c.hidden_size, groups=groups, aic=aic)
-        return gate_up + self._gemm.seconds(tokens, c.hidden_size, c.moe_intermediate_size, groups=groups, aic=aic)
+        hidden, wide = c.hidden_size, c.moe_intermediate_size
+        gate_up = self._gemm.seconds(tokens, 2 * wide, hidden, groups=groups, aic=aic, m_varies=True)
+        return gate_up + self._gemm.seconds(tokens, hidden, wide, groups=groups, aic=aic, m_varies=True)
 
     def _activations(self, num_bytes: float) -> float:
         """Norms, rotation, quantization and layout changes of the attention half: three small operators at least."""
