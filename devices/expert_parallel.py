@@ -1,9 +1,10 @@
 """Seconds of dispatch and combine: token copies on their way to experts and back.
 
-Owns: fused dispatch and combine (decode: vector cores write into other dies' memory) and bulk all-to-alls (prefill:
-SDMA).
+Owns: fused dispatch and combine (decode: vector cores write into other dies' memory, or hand copies to their NIC) and
+bulk all-to-alls (prefill: SDMA, or kernels on some of the cores).
 Must not know: what experts compute, how a step overlaps it.
-Source: protocol and message sizes of arXiv 2506.12708v2, section 4.2.1; its tables 1 and 7; sgl-kernel-npu README.
+Source: protocol and message sizes of arXiv 2506.12708v2, section 4.2.1; its tables 1 and 7; sgl-kernel-npu README. On
+GPUs: deepseek-ai/DeepEP, README and tests.
 
 With T tokens per die, K copies each, message bytes b and a write bandwidth w, fused:
 
@@ -32,9 +33,12 @@ class ExpertParallel:
     def __init__(self, config: ModelConfig, supernode: SupernodeSpec, deployment: ExpertDeployment) -> None:
         rates, fitted = supernode.rates, supernode.fitted
         plane = supernode.planes[rates.ep_plane]
-        write, read = plane.paths["npu_npu", "write", "inter"], plane.paths["npu_npu", "read", "inter"]
+        write = plane.paths["npu_npu", "write", "inter"]
+        # Bulk copies reach their die over the scale-up plane. Where that ends at the node, a peer relays them.
+        scale_up = supernode.planes["ub"].paths
+        receive = scale_up.get(("npu_npu", "read", "inter")) or scale_up["npu_npu", "read", "intra"]
         self._ep = ep = deployment.ep
-        self._dispatch_bytes = work.dispatch_message_bytes(config)
+        self._dispatch_bytes = work.dispatch_message_bytes(config, scale_bytes=rates.ep_scale_bytes)
         self._combine_bytes = work.combine_message_bytes(config)
         dispatched_shared = config.n_shared_experts if deployment.is_shared_dispatched else 0
         self._copies_per_token = config.num_experts_per_tok + dispatched_shared
@@ -46,7 +50,7 @@ class ExpertParallel:
         self._in_package = 1 - self._off_package - 1 / ep
         self._die_to_die_bytes_per_s = supernode.npu.die_to_die.bytes_per_s
         self._write_bytes_per_s = write.bytes_per_s
-        self._read_bytes_per_s = read.bytes_per_s
+        self._receive_bytes_per_s = receive.bytes_per_s
         self._port_bytes_per_s = plane.die_port_bytes_per_s
         self._latency_s = write.latency_ns * 1e-9
         self._launch_s = rates.launch_s
@@ -82,7 +86,7 @@ class ExpertParallel:
         return send_s + self._launch_s + self._latency_s
 
     def bulk_dispatch(self, tokens: float) -> float:
-        """All-to-all of prefill over SDMA: at the measured rate, or as fast as the hottest die can take it."""
+        """Large all-to-all of prefill: at the measured rate, or as fast as the hottest die can take it."""
         return self._bulk(tokens, self._dispatch_bytes, self._bulk_dispatch_bytes_per_s)
 
     def bulk_combine(self, tokens: float) -> float:
@@ -99,5 +103,5 @@ class ExpertParallel:
         if self._ep == 1:
             return 0.0
         mean_s = self.num_copies(tokens) * message_bytes / bytes_per_s
-        hottest_s = self.hottest_copies(tokens) * message_bytes / self._read_bytes_per_s
+        hottest_s = self.hottest_copies(tokens) * message_bytes / self._receive_bytes_per_s
         return max(mean_s, hottest_s) + self._latency_s

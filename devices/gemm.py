@@ -5,11 +5,12 @@ Must not know: which operator of the model a product belongs to.
 Source: tiles of 128 x 152 and the byte count (each matrix touched once) are those of arXiv 2506.12708v2, table 10.
 
     time = max(compute, bytes / HBM bandwidth) + launch
-    compute = ceil(tiles / cores) * (m_tile / 128) * (2 * 128 * 152 * k / (core peak * utilization) + begin and end)
+    compute = ceil(tiles / cores) * (tile m / 128) * (2 * 128 * tile n * k / (core peak * utilization) + begin and end)
 
 An output of m x n is cut into tiles of `gemm_tile_m` x `gemm_tile_n`, each computed by one core; the last wave may
 leave cores idle, and rows that do not fill a tile are computed nevertheless. A product with fewer rows than one tile
-takes a lower tile, in steps of 16 rows, as its kernels do.
+takes a lower tile, in steps of 16 rows, as its kernels do. Where kernels come in several widths (DeepGEMM on Hopper:
+multiples of 16 columns, so that more cores get a tile), a product takes the width that is fastest.
 """
 
 import math
@@ -25,8 +26,10 @@ class Gemm:
 
     def __init__(self, supernode: SupernodeSpec) -> None:
         die, rates, fitted = supernode.npu.die, supernode.rates, supernode.fitted
-        self._tile_m, self._tile_n = rates.gemm_tile_m, rates.gemm_tile_n
-        flops_per_tile = 2.0 * self._tile_m * self._tile_n
+        self._tile_m = rates.gemm_tile_m
+        self._widths = range(rates.gemm_tile_n, 0, -rates.gemm_tile_n_step)
+        self._full_width = rates.gemm_tile_n
+        flops_per_tile = 2.0 * self._tile_m * rates.gemm_tile_n
         per_core = fitted.gemm_utilization / die.num_aic
         self._int8_s_per_k = flops_per_tile / (die.int8_flops_per_s * per_core)
         self._bf16_s_per_k = flops_per_tile / (die.bf16_flops_per_s * per_core)
@@ -58,5 +61,10 @@ class Gemm:
             row_tiles, height = 1, math.ceil(m / ROW_STEP) * ROW_STEP / tile_m
         else:
             row_tiles, height = math.ceil(m / tile_m), 1.0
-        waves = math.ceil(groups * row_tiles * math.ceil(n / self._tile_n) / aic)
-        return waves * height * (k * (self._bf16_s_per_k if bf16 else self._int8_s_per_k) + self._tile_s)
+        full_tile_s = k * (self._bf16_s_per_k if bf16 else self._int8_s_per_k)
+        fastest = math.inf
+        for width in self._widths:
+            waves = math.ceil(groups * row_tiles * math.ceil(n / width) / aic)
+            seconds = waves * height * (full_tile_s * (width / self._full_width) + self._tile_s)
+            fastest = seconds if seconds < fastest else fastest
+        return fastest

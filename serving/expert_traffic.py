@@ -114,7 +114,7 @@ def compare_traffic(
     if slots.num_shared_copies:
         counts = with_shared(counts, tokens_per_rank)
     message_bytes: dict[Operator, int] = {
-        "dispatch": dispatch_message_bytes(model),
+        "dispatch": dispatch_message_bytes(model, scale_bytes=hardware.rates.ep_scale_bytes),
         "combine": combine_message_bytes(model),
     }
     rates = _link_rates(hardware, is_one_node=ranks <= groups.dies_per_node)

@@ -97,15 +97,14 @@ def decode(
     )
     tokens_per_iteration = sum(acceptance**i for i in range(1 + mtp))
     tokens_per_s = batch_per_npu * tokens_per_iteration / step.seconds
-    halves = 2 if step.attention_aic is not None else 1
     return {
         "tpot_ms": step.seconds * 1e3 / tokens_per_iteration,
         "tokens_per_s_per_npu": tokens_per_s,
         "tokens_per_s_per_tflops": _per_tflops(spec, tokens_per_s),
         "iteration_ms": step.seconds * 1e3,
         "layer_us": step.layer_s * 1e6,
-        "attention_stream_us": sum(step.streams["attention"].values()) * 1e6 / halves,
-        "moe_stream_us": sum(step.streams["moe"].values()) * 1e6 / halves,
+        "attention_stream_us": sum(step.streams["attention"].values()) * 1e6 / step.num_microbatches,
+        "moe_stream_us": sum(step.streams["moe"].values()) * 1e6 / step.num_microbatches,
         "attention_aic": step.attention_aic,
         **_breakdown(step),
     }
@@ -145,7 +144,8 @@ def prefill(
         layout,
         is_prefill=True,
         step_tokens=math.ceil(tokens_per_npu / dies),
-        cached_tokens=math.ceil(tokens),  # every die has all latents
+        # Every die has the latents of all prompts, or those of its own.
+        cached_tokens=math.ceil(tokens if spec.rates.prefill_attention == "split" else tokens_per_npu / dies),
         has_mtp=False,
     )
     step = StepTimeModel(
@@ -319,6 +319,7 @@ def _check_fits(
     memory = die_memory(
         shape,
         layout,
+        spec.rates,
         is_prefill=is_prefill,
         step_tokens=step_tokens,
         cache_bytes=cached_tokens * work.kv_bytes_per_token(shape, include_mtp=has_mtp),
@@ -357,7 +358,8 @@ def _exchange(hardware: Hardware, model: str, operator: str, ep: int, tokens: in
     experts = ExpertParallel(shape, spec, ExpertDeployment(ep=ep, num_router_slots=slots, num_shared_slots=0))
     aiv = spec.npu.die.num_aiv
     if operator == "dispatch":
-        seconds, message_bytes = experts.dispatch(tokens, aiv=aiv), work.dispatch_message_bytes(shape)
+        seconds = experts.dispatch(tokens, aiv=aiv)
+        message_bytes = work.dispatch_message_bytes(shape, scale_bytes=spec.rates.ep_scale_bytes)
     else:
         seconds, message_bytes = experts.combine(tokens, aiv=aiv), work.combine_message_bytes(shape)
     num_bytes = tokens * shape.num_experts_per_tok * message_bytes * spec.rates.ep_wire_factor
