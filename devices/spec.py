@@ -180,6 +180,8 @@ class SupernodeSpec:
                 raise SpecError(f"planes.{plane}: missing")
         if self.rates.ep_plane not in self.planes:
             raise SpecError(f"rates.ep_plane: {self.rates.ep_plane!r} is none of {', '.join(self.planes)}")
+        if self.rates.bulk_cores >= self.npu.die.num_aic:
+            raise SpecError(f"rates.bulk_cores: {self.rates.bulk_cores} must leave cores of {self.npu.die.num_aic}")
         if self.ub_topology is not None and self.num_nodes > self.ub_topology.max_nodes:
             raise SpecError(f"num_nodes: {self.num_nodes} exceeds the {self.ub_topology.max_nodes} of ub_topology")
 

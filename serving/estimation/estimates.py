@@ -341,7 +341,9 @@ def _pool_load_s(spec: SupernodeSpec, shape: ModelConfig, tokens: float, plane: 
     if plane not in ("ub", "vpc"):
         raise ConfigError(f"pool_plane: {plane!r} is none of ub, vpc, none")
     told = spec.planes[plane]  # type: ignore[index]
-    path = told.paths["npu_host", "read", "inter"]
+    path = told.paths.get(("npu_host", "read", "inter"))
+    if path is None:
+        raise ConfigError(f"pool_plane: {plane} of {spec.name} joins no hosts of other nodes, so it reaches no pool")
     bytes_per_s = min(path.bytes_per_s, spec.rates.pool_read_bytes_per_s)
     if told.port_owner == "node":
         share = told.die_port_bytes_per_s / (spec.npus_per_node * spec.npu.num_dies)
