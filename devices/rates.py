@@ -13,10 +13,9 @@ INT8_BYTES = 1.0
 BF16_BYTES = 2.0
 FP32_BYTES = 4.0
 
+EpNear = Literal["package", "node"]
 DecodeOverlap = Literal["cores", "communication"]
 PrefillAttention = Literal["split", "data_parallel"]
-DECODE_OVERLAPS = get_args(DecodeOverlap)
-PREFILL_ATTENTIONS = get_args(PrefillAttention)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +59,7 @@ class Rates:
     launch_s: float  # of one operator inside a graph
     graph_launch_s: float
     ep_plane: Literal["ub", "rdma"]  # that token copies take
+    ep_near: EpNear  # dies that copies reach over a nearer link: the package's, or the scale-up plane of a node
     ep_aiv_for_95_percent: float  # vector cores that drive 95 % of what all of them drive
     ep_scale_bytes: int  # of a quantized token copy, beside one byte per element
     ep_wire_factor: float  # bytes that the published bandwidths count, over bytes of messages
@@ -80,9 +80,10 @@ class Rates:
                 raise ValueError(f"{field.name}: {value} must be finite and above 0")
         if self.gemm_tile_n_step > self.gemm_tile_n:
             raise ValueError(f"gemm_tile_n_step: {self.gemm_tile_n_step} exceeds gemm_tile_n {self.gemm_tile_n}")
-        for name, known in (("decode_overlap", DECODE_OVERLAPS), ("prefill_attention", PREFILL_ATTENTIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
+        words = {"ep_near": EpNear, "decode_overlap": DecodeOverlap, "prefill_attention": PrefillAttention}
+        for name, known in words.items():
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(get_args(known))}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +92,7 @@ class Fitted:
 
     gemm_utilization: float  # of peak, inside a tile of a matrix product
     gemm_tile_s: float  # of a core, to begin and end one full tile
-    ep_copy_s: float  # of a die, to handle one token copy beside its bytes on the wire
+    ep_copy_s: float  # of a die, to handle one token copy beside its bytes on the wire; a NIC needs no die for its own
     dispatch_fixed_s: float  # of a dispatch, whatever its size
     activation_passes: float  # how often attention's intermediate results cross HBM
     attention_exposed: float  # share of the shorter of compute and memory time that attention does not hide

@@ -19,6 +19,7 @@ from devices.expert_parallel import ExpertParallel
 from devices.gemm import Gemm
 from devices.operators import Operators
 from devices.pipeline import StepDetail, StepTimeModel, StepWork
+from devices.rates import EpNear
 from devices.spec import SupernodeSpec
 from model import work
 from model.config import ModelConfig
@@ -180,17 +181,30 @@ def prefill(
 
 
 def dispatch(
-    *, hardware: Hardware = "cloudmatrix384", model: str = "deepseek-r1", ep: int = 64, tokens: int = 128
+    *,
+    hardware: Hardware = "cloudmatrix384",
+    model: str = "deepseek-r1",
+    ep: int = 64,
+    tokens: int = 128,
+    near: EpNear | None = None,
 ) -> Answer:
-    """Fused dispatch of `tokens` per die by all its vector cores, balanced routing; bandwidth as table 7 counts it."""
-    return _exchange(hardware, model, "dispatch", ep, tokens)
+    """Fused dispatch of `tokens` per die by all its vector cores, balanced routing; bandwidth as table 7 counts it.
+
+    `near`: the dies that copies reach over a nearer link, package or node; None: those of the hardware's kernels.
+    """
+    return _exchange(hardware, model, "dispatch", ep, tokens, near)
 
 
 def combine(
-    *, hardware: Hardware = "cloudmatrix384", model: str = "deepseek-r1", ep: int = 64, tokens: int = 128
+    *,
+    hardware: Hardware = "cloudmatrix384",
+    model: str = "deepseek-r1",
+    ep: int = 64,
+    tokens: int = 128,
+    near: EpNear | None = None,
 ) -> Answer:
     """Fused combine, the same way."""
-    return _exchange(hardware, model, "combine", ep, tokens)
+    return _exchange(hardware, model, "combine", ep, tokens, near)
 
 
 def gemm(*, hardware: Hardware = "cloudmatrix384", groups: int = 1, m: int, n: int, k: int) -> Answer:
@@ -351,8 +365,10 @@ def _pool_load_s(spec: SupernodeSpec, shape: ModelConfig, tokens: float, plane: 
     return tokens * work.kv_bytes_per_token(shape) / bytes_per_s + path.latency_ns * 1e-9
 
 
-def _exchange(hardware: Hardware, model: str, operator: str, ep: int, tokens: int) -> Answer:
+def _exchange(hardware: Hardware, model: str, operator: str, ep: int, tokens: int, near: EpNear | None) -> Answer:
     spec, shape = hardware_of(hardware), model_of(model)
+    if near is not None:
+        spec = replace(spec, rates=replace(spec.rates, ep_near=near))
     _at_least(2, ep=ep)
     _at_least(1, tokens=tokens)
     # Every die has its shared expert, so that a token is sent to the chosen experts alone, as in the published table.
