@@ -8,7 +8,7 @@ import pytest
 from devices.deployment import ExpertDeployment
 from devices.expert_parallel import ExpertParallel
 from devices.gemm import Gemm
-from devices.operators import Parts
+from devices.operators import Operators, Parts
 from devices.pipeline import StepDetail, StepTimeModel, StepWork
 from devices.rates import Rates
 from devices.spec import SpecError, SupernodeSpec
@@ -84,6 +84,18 @@ def test_matrix_products(h800: SupernodeSpec) -> None:
         errors.append(abs(2e-12 * groups * m * n * k / seconds / tflops - 1))
     assert statistics.median(errors) < 0.05
     assert max(errors) < 0.3
+
+
+def test_attention_halves(h800: SupernodeSpec, deepseek_r1: ModelConfig) -> None:
+    """Measured modules of H100, FP8 (ai-dynamo/aiconfigurator, tables mla_decode_module and mla_prefill_module)."""
+    operators = Operators(deepseek_r1, h800, ExpertDeployment.published(deepseek_r1, ep=1))
+    for batch, kv, microseconds in ((16, 4096, 214.9), (64, 4096, 304.7), (128, 4096, 456.5), (128, 1024, 299.1)):
+        parts = operators.absorbed_attention(batch, [batch * kv], [batch * kv], aic=132)
+        assert total(parts) * 1e6 == pytest.approx(microseconds, rel=0.1)
+    for prompts, length, milliseconds in ((8, 1024, 5.056), (4, 2048, 5.364), (4, 4096, 12.004)):
+        tokens = prompts * length
+        parts = operators.naive_attention(tokens, [tokens * (length + 1) / 2], [tokens], aic=132)
+        assert total(parts) * 1e3 == pytest.approx(milliseconds, rel=0.1)
 
 
 def test_narrow_tiles_keep_every_sm_busy(h800: SupernodeSpec) -> None:
