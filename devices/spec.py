@@ -259,9 +259,8 @@ def _build(cls: type[SpecT], raw: Mapping[str, Any], where: str) -> SpecT:
     given = [part for part in fields(cls) if part.init]  # type: ignore[arg-type]
     kinds = {part.name: part.type for part in given}
     optional = {part.name for part in given if part.default is not MISSING}
-    for name in raw:
-        if name not in kinds:
-            raise SpecError(f"{prefix}{name}: unknown key")
+    if unknown := [name for name in raw if name not in kinds]:
+        raise SpecError(f"{prefix}{unknown[0]}: unknown key")
     values: dict[str, Any] = {}
     for name, kind in kinds.items():
         if name not in raw:
