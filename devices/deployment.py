@@ -72,12 +72,14 @@ class ExpertDeployment:
 
         More dies than experts: one expert per die, what is left shared between copies of the shared expert and
         redundant ones (EP320 = 32 + 256 + 32). Else every die has the shared expert, its part of the routed ones and
-        one redundant (EP32 = 1 + 8 + 1).
+        one redundant (EP32 = 1 + 8 + 1). Where the routed ones do not divide, the slots that are left over are the
+        redundant ones (EP144 = 1 + 2, with 32 redundant: open-infra-index, day 6; EP72 = 1 + 4: SGLang's 288 slots).
         """
         spare = ep - config.n_routed_experts
         if spare >= 2:
             return cls(ep=ep, num_router_slots=ep - spare // 2, num_shared_slots=spare // 2, imbalance=imbalance)
-        slots = ep * (math.ceil(config.n_routed_experts / ep) + (1 if ep > 1 else 0))
+        extra = 1 if ep > 1 and config.n_routed_experts % ep == 0 else 0
+        slots = ep * (math.ceil(config.n_routed_experts / ep) + extra)
         return cls(ep=ep, num_router_slots=slots, num_shared_slots=0, imbalance=imbalance if ep > 1 else BALANCED)
 
     def hottest_copies(self, tokens: float, top_k: int) -> float:

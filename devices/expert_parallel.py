@@ -1,20 +1,21 @@
 """Seconds of dispatch and combine: token copies on their way to experts and back.
 
-Owns: fused dispatch and combine (decode: vector cores write into other dies' memory) and bulk all-to-alls (prefill:
-SDMA).
+Owns: fused dispatch and combine (decode: vector cores write into other dies' memory, or hand copies to their NIC) and
+bulk all-to-alls (prefill: SDMA, or kernels on some of the cores).
 Must not know: what experts compute, how a step overlaps it.
-Source: protocol and message sizes of arXiv 2506.12708v2, section 4.2.1; its tables 1 and 7; sgl-kernel-npu README.
+Source: protocol and message sizes of arXiv 2506.12708v2, section 4.2.1; its tables 1 and 7; sgl-kernel-npu README. On
+GPUs: deepseek-ai/DeepEP, README and tests.
 
 With T tokens per die, K copies each, message bytes b and a write bandwidth w, fused:
 
-    copies off the package   n = T * K * (1 - dies per package / EP)
+    copies to far dies   n = T * K * (1 - near dies / EP)      near: in the package, or in the node over NVLink
     dispatch   n * (b / w + copy) / drive + fixed + EP / vector cores * latency        counts and flags, rank by rank
     combine    n' * (b / w + copy) / drive + launch + latency                          flags ride on the data
 
-`copy` is what a die's vector cores spend on one copy beside its bytes. `drive` is the share of that pace that some of
-them reach: it saturates, 1 - 0.05 ** (cores / cores for 95 %). Dispatch is paced by the senders, unless the hottest
-receiver's port takes longer; combine by the die that has most to send back, which is the hottest: n' is its number of
-copies.
+`copy` is what a die's vector cores spend on one copy beside its bytes (0 where a NIC sends it). `drive` is the share of
+that pace that some of them reach: it saturates, 1 - 0.05 ** (cores / cores for 95 %). Copies to near dies go the same
+way at the same time, over their own link. Dispatch is paced by the senders, unless the hottest receiver's port takes
+longer; combine by the die that has most to send back, which is the hottest: n' is its number of copies.
 """
 
 import math
@@ -33,9 +34,12 @@ class ExpertParallel:
     def __init__(self, config: ModelConfig, supernode: SupernodeSpec, deployment: ExpertDeployment) -> None:
         rates, fitted = supernode.rates, supernode.fitted
         plane = supernode.planes[rates.ep_plane]
-        write, read = plane.paths["npu_npu", "write", "inter"], plane.paths["npu_npu", "read", "inter"]
+        write = plane.paths["npu_npu", "write", "inter"]
+        # Bulk copies reach their die over the scale-up plane. Where that ends at the node, a peer relays them.
+        scale_up = supernode.planes["ub"].paths
+        receive = scale_up.get(("npu_npu", "read", "inter")) or scale_up["npu_npu", "read", "intra"]
         self._ep = ep = deployment.ep
-        self._dispatch_bytes = work.dispatch_message_bytes(config)
+        self._dispatch_bytes = work.dispatch_message_bytes(config, scale_bytes=rates.ep_scale_bytes)
         self._combine_bytes = work.combine_message_bytes(config)
         dispatched_shared = config.n_shared_experts if deployment.is_shared_dispatched else 0
         self._copies_per_token = config.num_experts_per_tok + dispatched_shared
@@ -43,15 +47,19 @@ class ExpertParallel:
         self._shared_copies_per_token = 0.0  # on a die of the shared expert
         if deployment.is_shared_dispatched:
             self._shared_copies_per_token = dispatched_shared * ep / deployment.num_shared_slots
-        self._off_package = max(0.0, 1 - supernode.npu.num_dies / ep)
-        self._in_package = 1 - self._off_package - 1 / ep
-        self._die_to_die_bytes_per_s = supernode.npu.die_to_die.bytes_per_s
+        near_dies, near = supernode.npu.num_dies, supernode.npu.die_to_die
+        if rates.ep_near == "node":
+            near_dies, near = near_dies * supernode.npus_per_node, scale_up["npu_npu", "write", "intra"]
+        self._far_share = max(0.0, 1 - near_dies / ep)
+        self._near_share = 1 - self._far_share - 1 / ep
+        self._near_bytes_per_s = near.bytes_per_s
         self._write_bytes_per_s = write.bytes_per_s
-        self._read_bytes_per_s = read.bytes_per_s
+        self._receive_bytes_per_s = receive.bytes_per_s
         self._port_bytes_per_s = plane.die_port_bytes_per_s
         self._latency_s = write.latency_ns * 1e-9
         self._launch_s = rates.launch_s
-        self._copy_s, self._dispatch_fixed_s = fitted.ep_copy_s, fitted.dispatch_fixed_s
+        self._near_copy_s, self._dispatch_fixed_s = fitted.ep_copy_s, fitted.dispatch_fixed_s
+        self._far_copy_s = 0.0 if rates.ep_plane == "rdma" else fitted.ep_copy_s
         self._aiv_for_95_percent = rates.ep_aiv_for_95_percent
         bulk = rates.bulk_all_to_all
         at = math.log2(ep), np.log2(bulk.ep)
@@ -71,7 +79,7 @@ class ExpertParallel:
         if self._ep == 1:
             return 0.0
         send_s = self._write_s(self.num_copies(tokens), self._dispatch_bytes, aiv)
-        receive_s = self.hottest_copies(tokens) * self._off_package * self._dispatch_bytes / self._port_bytes_per_s
+        receive_s = self.hottest_copies(tokens) * self._far_share * self._dispatch_bytes / self._port_bytes_per_s
         flags_s = self._ep / aiv * self._latency_s
         return max(send_s, receive_s) + self._dispatch_fixed_s + flags_s
 
@@ -83,7 +91,7 @@ class ExpertParallel:
         return send_s + self._launch_s + self._latency_s
 
     def bulk_dispatch(self, tokens: float) -> float:
-        """All-to-all of prefill over SDMA: at the measured rate, or as fast as the hottest die can take it."""
+        """Large all-to-all of prefill: at the measured rate, or as fast as the hottest die can take it."""
         return self._bulk(tokens, self._dispatch_bytes, self._bulk_dispatch_bytes_per_s)
 
     def bulk_combine(self, tokens: float) -> float:
@@ -91,14 +99,14 @@ class ExpertParallel:
         return self._bulk(tokens, self._combine_bytes, self._bulk_combine_bytes_per_s)
 
     def _write_s(self, copies: float, message_bytes: int, aiv: int) -> float:
-        drive = 1 - 0.05 ** (aiv / self._aiv_for_95_percent)
-        off_s = copies * self._off_package * (message_bytes / self._write_bytes_per_s + self._copy_s)
-        in_s = copies * self._in_package * (message_bytes / self._die_to_die_bytes_per_s + self._copy_s)
-        return max(off_s, in_s) / drive
+        drive = 1 - math.exp(-math.log(20) * aiv / self._aiv_for_95_percent)
+        far_s = copies * self._far_share * (message_bytes / self._write_bytes_per_s + self._far_copy_s)
+        near_s = copies * self._near_share * (message_bytes / self._near_bytes_per_s + self._near_copy_s)
+        return max(far_s, near_s) / drive
 
     def _bulk(self, tokens: float, message_bytes: int, bytes_per_s: float) -> float:
         if self._ep == 1:
             return 0.0
         mean_s = self.num_copies(tokens) * message_bytes / bytes_per_s
-        hottest_s = self.hottest_copies(tokens) * message_bytes / self._read_bytes_per_s
+        hottest_s = self.hottest_copies(tokens) * message_bytes / self._receive_bytes_per_s
         return max(mean_s, hottest_s) + self._latency_s

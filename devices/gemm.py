@@ -5,11 +5,12 @@ Must not know: which operator of the model a product belongs to.
 Source: tiles of 128 x 152 and the byte count (each matrix touched once) are those of arXiv 2506.12708v2, table 10.
 
     time = max(compute, bytes / HBM bandwidth) + launch
-    compute = waves * (2 * 128 * 152 * k / (core peak * utilization) + begin and end), waves = ceil(tiles / cores)
+    compute = waves * (2 * 128 * tile n * k / (core peak * utilization) + begin and end), waves = ceil(tiles / cores)
 
 An output of m x n is cut into tiles of `gemm_tile_m` x `gemm_tile_n`, each computed by one core; the last wave may
 leave cores idle, and rows that do not fill a tile are computed nevertheless. A product with fewer rows than one tile
-takes a lower tile, in steps of 16 rows, as its kernels do.
+takes a lower tile, in steps of 16 rows, as its kernels do. Where kernels come in several widths (DeepGEMM on Hopper:
+multiples of 16 columns, so that more cores get a tile), a product takes the width that is fastest.
 """
 
 import math
@@ -25,8 +26,10 @@ class Gemm:
 
     def __init__(self, supernode: SupernodeSpec) -> None:
         die, rates, fitted = supernode.npu.die, supernode.rates, supernode.fitted
-        self._tile_m, self._tile_n = rates.gemm_tile_m, rates.gemm_tile_n
-        flops_per_tile = 2.0 * self._tile_m * self._tile_n
+        self._tile_m = rates.gemm_tile_m
+        self._widths = range(rates.gemm_tile_n, 0, -rates.gemm_tile_n_step)
+        self._full_width = rates.gemm_tile_n
+        flops_per_tile = 2.0 * self._tile_m * rates.gemm_tile_n
         per_core = fitted.gemm_utilization / die.num_aic
         self._int8_s_per_k = flops_per_tile / (die.int8_flops_per_s * per_core)
         self._bf16_s_per_k = flops_per_tile / (die.bf16_flops_per_s * per_core)
@@ -55,18 +58,27 @@ class Gemm:
             return 0.0
         width = BF16_BYTES if bf16 else INT8_BYTES
         memory_s = groups * (width * k * (m + n) + out_bytes * m * n) / self._hbm_bytes_per_s
-        row_tiles = self._mean_row_tiles(m) if m_varies else self._row_tiles(m)
-        waves = groups * row_tiles * math.ceil(n / self._tile_n) / aic
-        if m_varies:
-            waves = max(waves + 0.5, row_tiles)
-        else:
-            waves = math.ceil(waves / min(1.0, row_tiles)) * min(1.0, row_tiles)
-        compute_s = waves * (k * (self._bf16_s_per_k if bf16 else self._int8_s_per_k) + self._tile_s)
+        compute_s = self._compute_s(m, n, k, aic=aic, groups=groups, bf16=bf16, m_varies=m_varies)
         return compute_s if compute_s > memory_s else memory_s
 
     def launched(self, m: float, n: int, k: int, *, aic: int, groups: float = 1.0, bf16: bool = False) -> float:
         """The same as one operator: with its launch."""
         return self.seconds(m, n, k, aic=aic, groups=groups, bf16=bf16) + self._launch_s
+
+    def _compute_s(self, m: float, n: int, k: int, *, aic: int, groups: float, bf16: bool, m_varies: bool) -> float:
+        row_tiles = self._mean_row_tiles(m) if m_varies else self._row_tiles(m)
+        low = min(1.0, row_tiles)  # a low tile counts for its share
+        full_tile_s = k * (self._bf16_s_per_k if bf16 else self._int8_s_per_k)
+        fastest = math.inf
+        for width in self._widths:
+            tiles_per_core = groups * row_tiles * math.ceil(n / width) / aic
+            if m_varies:
+                waves = max(tiles_per_core + low / 2, row_tiles)
+            else:
+                waves = math.ceil(tiles_per_core / low) * low
+            seconds = waves * (full_tile_s * (width / self._full_width) + self._tile_s)
+            fastest = seconds if seconds < fastest else fastest
+        return fastest
 
     def _row_tiles(self, m: float) -> float:
         """Full tiles of `m` rows, or the share of one that a lower tile is."""

@@ -46,11 +46,14 @@ class Operators:
         self._attention_flops_per_s_per_aic = die.bf16_flops_per_s * rates.attention_utilization / die.num_aic
         self._exposed = supernode.fitted.attention_exposed
         self._passes = supernode.fitted.activation_passes
+        self._small_s = rates.attention_small_operators * rates.launch_s
+        self._message_bytes = work.dispatch_message_bytes(config, scale_bytes=rates.ep_scale_bytes)
         self._num_aic = die.num_aic
         ub = supernode.planes["ub"]
+        path = ub.paths.get(("npu_npu", "write", "inter")) or ub.paths["npu_npu", "write", "intra"]
         self._gather_bytes_per_s = ub.die_port_bytes_per_s * rates.collective_utilization
-        self._exchange_bytes_per_s = ub.paths["npu_npu", "write", "inter"].bytes_per_s
-        self._latency_s = ub.paths["npu_npu", "write", "inter"].latency_ns * 1e-9
+        self._exchange_bytes_per_s = path.bytes_per_s
+        self._latency_s = path.latency_ns * 1e-9
         heads = config.num_attention_heads
         self._latent_bytes = BF16_BYTES * config.latent_dim
         self._absorbed_bytes = BF16_BYTES * heads * (config.latent_dim + config.kv_lora_rank)
@@ -142,8 +145,8 @@ class Operators:
         return seconds + 3 * self._launch_s
 
     def dispatch_compute(self, copies: float, hottest_copies: float) -> float:
-        """Vector work of prefill: quantize and order what is sent, order what the hottest die received."""
-        message = work.dispatch_message_bytes(self._config)
+        """Vector work of prefill: quantize and order the copies sent, order what the hottest die received."""
+        message = self._message_bytes
         num_bytes = copies * (BF16_BYTES * self._config.hidden_size + message) + hottest_copies * 2 * message
         return num_bytes / self._hbm_bytes_per_s + self._launch_s
 
@@ -206,8 +209,8 @@ class Operators:
         return gate_up + self._gemm.seconds(tokens, hidden, wide, groups=groups, aic=aic, m_varies=True)
 
     def _activations(self, num_bytes: float) -> float:
-        """Norms, rotation, quantization and layout changes of the attention half: three small operators at least."""
-        return self._passes * num_bytes / self._hbm_bytes_per_s + 3 * self._launch_s
+        """Norms, rotation, quantization and layout changes of the attention half."""
+        return self._passes * num_bytes / self._hbm_bytes_per_s + self._small_s
 
     def _collective(self, num_bytes: float, bytes_per_s: float) -> float:
         if self._deployment.ep == 1:

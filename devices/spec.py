@@ -180,6 +180,8 @@ class SupernodeSpec:
                 raise SpecError(f"planes.{plane}: missing")
         if self.rates.ep_plane not in self.planes:
             raise SpecError(f"rates.ep_plane: {self.rates.ep_plane!r} is none of {', '.join(self.planes)}")
+        if self.rates.bulk_cores >= self.npu.die.num_aic:
+            raise SpecError(f"rates.bulk_cores: {self.rates.bulk_cores} must leave cores of {self.npu.die.num_aic}")
         if self.ub_topology is not None and self.num_nodes > self.ub_topology.max_nodes:
             raise SpecError(f"num_nodes: {self.num_nodes} exceeds the {self.ub_topology.max_nodes} of ub_topology")
 
@@ -257,9 +259,8 @@ def _build(cls: type[SpecT], raw: Mapping[str, Any], where: str) -> SpecT:
     given = [part for part in fields(cls) if part.init]  # type: ignore[arg-type]
     kinds = {part.name: part.type for part in given}
     optional = {part.name for part in given if part.default is not MISSING}
-    for name in raw:
-        if name not in kinds:
-            raise SpecError(f"{prefix}{name}: unknown key")
+    if unknown := [name for name in raw if name not in kinds]:
+        raise SpecError(f"{prefix}{unknown[0]}: unknown key")
     values: dict[str, Any] = {}
     for name, kind in kinds.items():
         if name not in raw:

@@ -183,9 +183,9 @@ def operator_flops(config: ModelConfig) -> OperatorFlops:
     )
 
 
-def dispatch_message_bytes(config: ModelConfig, *, quantized: bool = True) -> int:
+def dispatch_message_bytes(config: ModelConfig, *, quantized: bool = True, scale_bytes: int = SCALE_BYTES) -> int:
     """One token copy on its way to an expert: INT8 payload and padded scale, or BF16 payload. 7.5 KiB for R1."""
-    return config.hidden_size + SCALE_BYTES if quantized else 2 * config.hidden_size
+    return config.hidden_size + scale_bytes if quantized else 2 * config.hidden_size
 
 
 def combine_message_bytes(config: ModelConfig) -> int:

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from devices.deployment import ExpertDeployment
+from devices.rates import Rates
 from model import work
 from model.config import ModelConfig
 from model.layout import static_buffer_bytes
@@ -35,18 +36,19 @@ class DieMemory:
 def die_memory(
     shape: ModelConfig,
     deployment: ExpertDeployment,
+    rates: Rates,
     *,
     is_prefill: bool,
     step_tokens: int,
     cache_bytes: int,
     has_mtp: bool,
 ) -> DieMemory:
-    """`step_tokens`: most tokens of one pass on a die. A prefill die has 1/ep of the up-projections' heads."""
+    """`step_tokens`: most tokens of one pass on a die. With split attention a prefill die has 1/ep of the heads."""
     weights = work.weight_bytes(shape)
     local_shared = 0 if deployment.is_shared_dispatched else 1
     experts_per_die = math.ceil((deployment.num_router_slots + deployment.num_shared_slots) / deployment.ep)
     attention = weights.attention_per_layer
-    if is_prefill:  # SP-TP-SP
+    if is_prefill and rates.prefill_attention == "split":  # SP-TP-SP
         flops = work.operator_flops(shape)
         split = (flops.q_b + flops.kv_b) / (flops.q_a + flops.kv_a + flops.q_b + flops.kv_b + flops.o_proj)
         attention *= 1 - split * (1 - 1 / deployment.ep)
@@ -62,7 +64,7 @@ def die_memory(
         all_experts = shape.n_routed_experts * weights.routed_expert + weights.shared_expert_per_layer
         weight_bytes += weights.mtp_module - all_experts + own_experts - (weights.attention_per_layer - attention)
     top_k = shape.num_experts_per_tok + deployment.is_shared_dispatched  # a copy for the shared expert
-    messages = (work.dispatch_message_bytes(shape), work.combine_message_bytes(shape))
+    messages = (work.dispatch_message_bytes(shape, scale_bytes=rates.ep_scale_bytes), work.combine_message_bytes(shape))
     if is_prefill:
         buffer_bytes = BULK_BUFFER_ROOM * step_tokens * top_k * sum(messages)
     else:

@@ -114,7 +114,7 @@ def compare_traffic(
     if slots.num_shared_copies:
         counts = with_shared(counts, tokens_per_rank)
     message_bytes: dict[Operator, int] = {
-        "dispatch": dispatch_message_bytes(model),
+        "dispatch": dispatch_message_bytes(model, scale_bytes=hardware.rates.ep_scale_bytes),
         "combine": combine_message_bytes(model),
     }
     rates = _link_rates(hardware, is_one_node=ranks <= groups.dies_per_node)
@@ -178,9 +178,9 @@ def _placed(
 
 
 def _link_rates(hardware: SupernodeSpec, *, is_one_node: bool) -> dict[str, float]:
-    ub = hardware.planes["ub"]
-    port = ub.paths["npu_npu", "write", "intra" if is_one_node else "inter"].bytes_per_s
-    uplink = hardware.npus_per_node * hardware.npu.num_dies * ub.die_port_bytes_per_s
+    plane = hardware.planes[hardware.rates.ep_plane]
+    port = plane.paths["npu_npu", "write", "intra" if is_one_node else "inter"].bytes_per_s
+    uplink = hardware.npus_per_node * hardware.npu.num_dies * plane.die_port_bytes_per_s
     return {
         "die_out": port,
         "die_in": port,

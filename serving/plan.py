@@ -46,6 +46,7 @@ def die_plan(config: RunConfig, role: Role) -> DiePlan:
     memory = die_memory(
         config.charged_shape,
         config.charged_layout(role),
+        config.hardware.rates,
         is_prefill=role == "prefill",
         step_tokens=step_tokens,
         cache_bytes=section.num_blocks * block_bytes(config),

@@ -19,6 +19,7 @@ from devices.expert_parallel import ExpertParallel
 from devices.gemm import Gemm
 from devices.operators import Operators
 from devices.pipeline import StepDetail, StepTimeModel, StepWork
+from devices.rates import EpNear
 from devices.spec import SupernodeSpec
 from model import work
 from model.config import ModelConfig
@@ -97,15 +98,14 @@ def decode(
     )
     tokens_per_iteration = sum(acceptance**i for i in range(1 + mtp))
     tokens_per_s = batch_per_npu * tokens_per_iteration / step.seconds
-    halves = 2 if step.attention_aic is not None else 1
     return {
         "tpot_ms": step.seconds * 1e3 / tokens_per_iteration,
         "tokens_per_s_per_npu": tokens_per_s,
         "tokens_per_s_per_tflops": _per_tflops(spec, tokens_per_s),
         "iteration_ms": step.seconds * 1e3,
         "layer_us": step.layer_s * 1e6,
-        "attention_stream_us": sum(step.streams["attention"].values()) * 1e6 / halves,
-        "moe_stream_us": sum(step.streams["moe"].values()) * 1e6 / halves,
+        "attention_stream_us": sum(step.streams["attention"].values()) * 1e6 / step.num_microbatches,
+        "moe_stream_us": sum(step.streams["moe"].values()) * 1e6 / step.num_microbatches,
         "attention_aic": step.attention_aic,
         **_breakdown(step),
     }
@@ -145,7 +145,8 @@ def prefill(
         layout,
         is_prefill=True,
         step_tokens=math.ceil(tokens_per_npu / dies),
-        cached_tokens=math.ceil(tokens),  # every die has all latents
+        # Every die has the latents of all prompts, or those of its own.
+        cached_tokens=math.ceil(tokens if spec.rates.prefill_attention == "split" else tokens_per_npu / dies),
         has_mtp=False,
     )
     step = StepTimeModel(
@@ -180,17 +181,30 @@ def prefill(
 
 
 def dispatch(
-    *, hardware: Hardware = "cloudmatrix384", model: str = "deepseek-r1", ep: int = 64, tokens: int = 128
+    *,
+    hardware: Hardware = "cloudmatrix384",
+    model: str = "deepseek-r1",
+    ep: int = 64,
+    tokens: int = 128,
+    near: EpNear | None = None,
 ) -> Answer:
-    """Fused dispatch of `tokens` per die by all its vector cores, balanced routing; bandwidth as table 7 counts it."""
-    return _exchange(hardware, model, "dispatch", ep, tokens)
+    """Fused dispatch of `tokens` per die by all its vector cores, balanced routing; bandwidth as table 7 counts it.
+
+    `near`: the dies that copies reach over a nearer link, package or node; None: those of the hardware's kernels.
+    """
+    return _exchange(hardware, model, "dispatch", ep, tokens, near)
 
 
 def combine(
-    *, hardware: Hardware = "cloudmatrix384", model: str = "deepseek-r1", ep: int = 64, tokens: int = 128
+    *,
+    hardware: Hardware = "cloudmatrix384",
+    model: str = "deepseek-r1",
+    ep: int = 64,
+    tokens: int = 128,
+    near: EpNear | None = None,
 ) -> Answer:
     """Fused combine, the same way."""
-    return _exchange(hardware, model, "combine", ep, tokens)
+    return _exchange(hardware, model, "combine", ep, tokens, near)
 
 
 def gemm(*, hardware: Hardware = "cloudmatrix384", groups: int = 1, m: int, n: int, k: int) -> Answer:
@@ -323,6 +337,7 @@ def _check_fits(
     memory = die_memory(
         shape,
         layout,
+        spec.rates,
         is_prefill=is_prefill,
         step_tokens=step_tokens,
         cache_bytes=cached_tokens * work.kv_bytes_per_token(shape, include_mtp=has_mtp),
@@ -344,7 +359,9 @@ def _pool_load_s(spec: SupernodeSpec, shape: ModelConfig, tokens: float, plane: 
     if plane not in ("ub", "vpc"):
         raise ConfigError(f"pool_plane: {plane!r} is none of ub, vpc, none")
     told = spec.planes[plane]  # type: ignore[index]
-    path = told.paths["npu_host", "read", "inter"]
+    path = told.paths.get(("npu_host", "read", "inter"))
+    if path is None:
+        raise ConfigError(f"pool_plane: {plane} of {spec.name} joins no hosts of other nodes, so it reaches no pool")
     bytes_per_s = min(path.bytes_per_s, spec.rates.pool_read_bytes_per_s)
     if told.port_owner == "node":
         share = told.die_port_bytes_per_s / (spec.npus_per_node * spec.npu.num_dies)
@@ -352,8 +369,10 @@ def _pool_load_s(spec: SupernodeSpec, shape: ModelConfig, tokens: float, plane: 
     return tokens * work.kv_bytes_per_token(shape) / bytes_per_s + path.latency_ns * 1e-9
 
 
-def _exchange(hardware: Hardware, model: str, operator: str, ep: int, tokens: int) -> Answer:
+def _exchange(hardware: Hardware, model: str, operator: str, ep: int, tokens: int, near: EpNear | None) -> Answer:
     spec, shape = hardware_of(hardware), model_of(model)
+    if near is not None:
+        spec = replace(spec, rates=replace(spec.rates, ep_near=near))
     _at_least(2, ep=ep)
     _at_least(1, tokens=tokens)
     # Every die has its shared expert, so that a token is sent to the chosen experts alone, as in the published table.
@@ -361,7 +380,8 @@ def _exchange(hardware: Hardware, model: str, operator: str, ep: int, tokens: in
     experts = ExpertParallel(shape, spec, ExpertDeployment(ep=ep, num_router_slots=slots, num_shared_slots=0))
     aiv = spec.npu.die.num_aiv
     if operator == "dispatch":
-        seconds, message_bytes = experts.dispatch(tokens, aiv=aiv), work.dispatch_message_bytes(shape)
+        seconds = experts.dispatch(tokens, aiv=aiv)
+        message_bytes = work.dispatch_message_bytes(shape, scale_bytes=spec.rates.ep_scale_bytes)
     else:
         seconds, message_bytes = experts.combine(tokens, aiv=aiv), work.combine_message_bytes(shape)
     num_bytes = tokens * shape.num_experts_per_tok * message_bytes * spec.rates.ep_wire_factor

@@ -25,6 +25,18 @@ def supernode(hardware_file: str) -> SupernodeSpec:
 
 
 @pytest.fixture(scope="session")
+def h800() -> SupernodeSpec:
+    """The GPU cluster that the paper compares with."""
+    return SupernodeSpec.from_dict(yaml.safe_load((CONFIGS / "hardware" / "h800.yaml").read_text()))
+
+
+@pytest.fixture(scope="session", params=["cloudmatrix384", "h800"])
+def machine(request: pytest.FixtureRequest) -> SupernodeSpec:
+    """Each of the two kinds of machine, for what holds on any."""
+    return SupernodeSpec.from_dict(yaml.safe_load((CONFIGS / "hardware" / f"{request.param}.yaml").read_text()))
+
+
+@pytest.fixture(scope="session")
 def topology(supernode: SupernodeSpec) -> Topology:
     """Its links."""
     return Topology(supernode)

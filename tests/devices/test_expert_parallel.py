@@ -65,7 +65,7 @@ def test_shared_copies_receive_every_token(supernode: SupernodeSpec, deepseek_r1
     imbalance=st.floats(1, 12),
 )
 def test_never_faster(
-    supernode: SupernodeSpec,
+    machine: SupernodeSpec,
     deepseek_r1: ModelConfig,
     tokens: float,
     more: float,
@@ -75,13 +75,13 @@ def test_never_faster(
     imbalance: float,
 ) -> None:
     """More tokens, fewer cores, a larger degree, a slower plane, more imbalance."""
-    pair = experts(deepseek_r1, supernode, ep, imbalance=imbalance)
-    slower = with_plane_scaled(supernode, "ub", factor)
+    pair = experts(deepseek_r1, machine, ep, imbalance=imbalance)
+    slower = with_plane_scaled(machine, machine.rates.ep_plane, factor)
     others = [
-        (experts(deepseek_r1, supernode, ep, imbalance=imbalance), tokens + more, aiv),
-        (experts(deepseek_r1, supernode, 2 * ep, imbalance=imbalance), tokens, aiv),
+        (experts(deepseek_r1, machine, ep, imbalance=imbalance), tokens + more, aiv),
+        (experts(deepseek_r1, machine, 2 * ep, imbalance=imbalance), tokens, aiv),
         (experts(deepseek_r1, slower, ep, imbalance=imbalance), tokens, aiv),
-        (experts(deepseek_r1, supernode, ep, imbalance=imbalance + more), tokens, aiv),
+        (experts(deepseek_r1, machine, ep, imbalance=imbalance + more), tokens, aiv),
     ]
     for other, other_tokens, other_aiv in others:
         assert pair.dispatch(tokens, aiv=aiv + 1) <= other.dispatch(other_tokens, aiv=other_aiv)
