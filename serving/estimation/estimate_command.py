@@ -171,7 +171,7 @@ def attention(
 
 @app.command()
 def transfer(
-    num_bytes: Annotated[int, typer.Option("--bytes", help="Size.", min=0)],
+    num_bytes: Annotated[int, typer.Option("--bytes", help="Size.")],
     hardware: Hardware = "cloudmatrix384",
     plane: Annotated[Literal["ub", "rdma", "vpc"], typer.Option(help="Network.")] = "ub",
     source: Annotated[Literal["npu", "cpu"], typer.Option("--from", help="One end.")] = "npu",

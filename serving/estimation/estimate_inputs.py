@@ -36,7 +36,7 @@ def hardware_of(hardware: Hardware) -> SupernodeSpec:
     if isinstance(hardware, SupernodeSpec):
         return hardware
     try:
-        return SupernodeSpec.from_dict(hardware)
+        return _machine(hardware)
     except (ValueError, TypeError) as error:  # of the range checks; of a value of the wrong sort
         raise ConfigError(f"hardware: {error}") from None
 
@@ -136,7 +136,7 @@ def check_instance_fits(
 
 @lru_cache(maxsize=8)
 def _named_hardware(name: str) -> SupernodeSpec:
-    spec: SupernodeSpec = _part(name, "hardware", SupernodeSpec.from_dict)
+    spec: SupernodeSpec = _part(name, "hardware", _machine)
     return spec
 
 
@@ -144,6 +144,13 @@ def _named_hardware(name: str) -> SupernodeSpec:
 def _named_model(name: str) -> ModelConfig:
     shape: ModelConfig = _part(name, "model", ModelConfig.from_dict)
     return shape
+
+
+def _machine(raw: Mapping[str, Any]) -> SupernodeSpec:
+    spec = SupernodeSpec.from_dict(raw)
+    if not isinstance(spec.name, str):
+        raise ConfigError(f"name: {shown(spec.name)} must be a word")
+    return spec
 
 
 def _part(name: str, folder: str, parse: Callable[[dict[str, Any]], Any]) -> Any:
