@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="What a step, an operator or a tran
 Switch = Literal["on", "off"]
 Hardware = Annotated[str, typer.Option(help="Machine, or its YAML file.")]
 Model = Annotated[str, typer.Option(help="Model, or its YAML file.")]
-Microbatch = Annotated[Switch, typer.Option(help="Two microbatches, one's communication under the other's compute.")]
+Microbatch = Annotated[Switch, typer.Option(help="Two microbatches that overlap, or one batch.")]
 Balance = Annotated[
     Literal["balanced", "eplb", "none"],
     typer.Option(help="Load of the experts: even, placed by EPLB with redundant experts, or as it comes."),

@@ -64,14 +64,14 @@ def _figure(key: str, value: float | None) -> str:
 
 def _breakdown(breakdown: Mapping[str, float]) -> list[str]:
     whole = sum(breakdown.values())
-    lines = [f"{'adds up from':<{_WIDTH}}{'ms':>{_NUMBER_WIDTH}}{'%':>8}"]
+    lines = [f"{'breakdown':<{_WIDTH}}{'ms':>{_NUMBER_WIDTH}}{'%':>8}"]
     for part, value in sorted(breakdown.items(), key=lambda item: -item[1]):
         lines.append(f"{_line(f'  {part}', value)}{100 * value / whole:>8.1f}")
     return lines
 
 
 def _streams(streams: Mapping[str, Mapping[str, float]]) -> list[str]:
-    lines = [f"{'mixture layer, hidden work too':<{_WIDTH}}{'us':>{_NUMBER_WIDTH}}{'%':>8}"]
+    lines = [f"{'streams, one mixture layer':<{_WIDTH}}{'us':>{_NUMBER_WIDTH}}{'%':>8}"]
     for stream, parts in streams.items():
         whole = sum(parts.values())
         lines.append(_line(f"  {stream}", whole))
