@@ -18,6 +18,7 @@ from model.train import train
 from serving.cli_options import Json, Overrides, Ray
 from serving.errors import ConfigError, ServingError
 from serving.estimation.calibrate_command import calibrate
+from serving.estimation.estimate_command import app as estimate
 from serving.estimation.reproduce_command import reproduce
 from serving.evaluation.command import evaluate
 from serving.expert_load_command import expert_load
@@ -239,6 +240,7 @@ app.command("expert-load")(expert_load)
 app.command("expert-traffic")(expert_traffic)
 app.command()(reproduce)
 app.command()(calibrate)
+app.add_typer(estimate, name="estimate")
 
 
 @app.command()

@@ -4,17 +4,19 @@ Owns: the units and keys of the answers, the words of a user (npu, cpu), and wha
 Must not know: command lines, formulas (devices/transfer.py, devices/model_loading.py, devices/switches.py).
 Source: arXiv 2506.12708v2, tables 1, 2 and 11, for what counts as published.
 
-Every answer has `coverage`: `inside`, whether the arguments are within what published figures cover, and `notes`, which
-say what is assumed and in which direction an answer is extrapolated. Arguments that make no sense raise ConfigError.
+Every answer has its own `coverage` (serving/estimation/coverage.py), since what bounds it is not the sizes of the rows:
+a bulk bandwidth holds for more bytes too. Arguments that make no sense raise ConfigError.
 """
 
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from devices.model_loading import ModelCache, load_model_time
 from devices.spec import LATENCY_MESSAGE_BYTES, Op, Pair, PlaneName, SupernodeSpec
 from devices.switches import plan_switches
 from devices.transfer import TransferScope, plane_paths, transfer_time
-from serving.errors import ConfigError, shown
+from serving.errors import ConfigError
+from serving.estimation.coverage import Coverage, compare_machine
+from serving.estimation.estimate_inputs import Hardware, check_choice, check_counts, check_size, hardware_of
 
 PUBLISHED_MACHINE = "cloudmatrix384"  # `name` in configs/hardware/cloudmatrix384.yaml
 ASSUMED_LATENCY_SHARE = 0.01  # of a transfer's time: published bandwidths have three digits, so less does not show
@@ -22,17 +24,17 @@ PUBLISHED_MODEL_BYTES = 671e9  # arXiv 2506.12708v2, table 2: DeepSeek 671B in I
 PUBLISHED_LOADS = 8  # arXiv 2506.12708v2, table 2: instances, and models
 PUBLISHED_NPUS = (192, 384)  # arXiv 2506.12708v2, table 11: smallest and largest supernode
 
-_ENDS = ("npu", "cpu")
+End = Literal["npu", "cpu"]
 _PAIRS: dict[int, Pair] = {0: "npu_npu", 1: "npu_host", 2: "host_host"}  # by the number of CPUs at the ends
 _PAIR_WORDS: dict[Pair, str] = {"npu_npu": "npu-npu", "npu_host": "npu-cpu", "host_host": "cpu-cpu"}
 
 
 def estimate_transfer(
     *,
-    hardware: SupernodeSpec,
+    hardware: Hardware = "cloudmatrix384",
     plane: PlaneName = "ub",
-    source: str = "npu",
-    target: str = "cpu",
+    source: End = "npu",
+    target: End = "cpu",
     op: Op = "read",
     num_bytes: int,
     scope: TransferScope = "inter",
@@ -41,43 +43,46 @@ def estimate_transfer(
 
     `source` and `target` are "npu" or "cpu", in any order; `scope` is "inter" or "intra" nodes, or within a "package".
     """
-    _choice("plane", plane, get_args(PlaneName))
-    _choice("source", source, _ENDS)
-    _choice("target", target, _ENDS)
-    _choice("op", op, get_args(Op))
-    _choice("scope", scope, get_args(TransferScope))
+    spec = hardware_of(hardware)
+    check_choice("plane", plane, get_args(PlaneName))
+    check_choice("source", source, get_args(End))
+    check_choice("target", target, get_args(End))
+    check_choice("op", op, get_args(Op))
+    check_choice("scope", scope, get_args(TransferScope))
+    check_counts(0, num_bytes=num_bytes)
     pair = _PAIRS[(source, target).count("cpu")]
-    paths = plane_paths(hardware, plane)
+    paths = plane_paths(spec, plane)
     if (pair, op, scope) not in paths:
         known = ", ".join(f"{_PAIR_WORDS[pair]} {op} {scope}" for pair, op, scope in paths)
-        raise ConfigError(f"plane {plane} of {hardware.name} has no {_PAIR_WORDS[pair]} {op} {scope}; it has {known}")
-    try:
-        time = transfer_time(hardware, plane=plane, pair=pair, op=op, scope=scope, num_bytes=num_bytes)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"plane {plane} of {spec.name} has no {_PAIR_WORDS[pair]} {op} {scope}; it has {known}")
+    time = transfer_time(spec, plane=plane, pair=pair, op=op, scope=scope, num_bytes=num_bytes)
     latency_s = paths[pair, op, scope].latency_ns * 1e-9
-    notes, outside = ["one transfer alone; no contention and no cost of submitting it"], []
+    coverage = _coverage_on(spec)
     if num_bytes < LATENCY_MESSAGE_BYTES:
-        outside.append(
-            f"num_bytes {num_bytes}: extrapolated downwards, {LATENCY_MESSAGE_BYTES} is the smallest published"
-        )
+        coverage.compare("num_bytes", num_bytes, LATENCY_MESSAGE_BYTES, LATENCY_MESSAGE_BYTES)
+    coverage.notes.append("one transfer alone; no contention and no cost of submitting it")
     if plane != "ub":
-        text = f"the latency of {plane} is assumed ({latency_s * 1e6:g} us), not published"
-        (notes if latency_s <= ASSUMED_LATENCY_SHARE * time.seconds else outside).append(text)
+        told = f"the latency of {plane} is assumed ({latency_s * 1e6:g} us), not published"
+        if latency_s > ASSUMED_LATENCY_SHARE * time.seconds:
+            coverage.leave("plane", "unpublished", told)
+        else:
+            coverage.notes.append(told)
     elif scope == "package":
-        notes.append("latency from arXiv 2607.26444, which measures 210 GB/s; 270 GB/s is published")
+        coverage.notes.append("latency from arXiv 2607.26444, which measures 210 GB/s; 270 GB/s is published")
     if num_bytes > LATENCY_MESSAGE_BYTES:
-        notes.append(f"a straight line joins the latency of {LATENCY_MESSAGE_BYTES} bytes and the bulk bandwidth")
+        coverage.notes.append(
+            f"a straight line joins the latency of {LATENCY_MESSAGE_BYTES} bytes and the bulk bandwidth"
+        )
     return {
         "time_us": time.seconds * 1e6,
         "bandwidth_gb_per_s": time.bytes_per_s * 1e-9,
-        "coverage": _coverage(hardware, notes, outside),
+        "coverage": coverage.as_json(),
     }
 
 
 def estimate_load_model(
     *,
-    hardware: SupernodeSpec,
+    hardware: Hardware = "cloudmatrix384",
     model_bytes: float = PUBLISHED_MODEL_BYTES,
     instances: int = PUBLISHED_LOADS,
     models: int = PUBLISHED_LOADS,
@@ -89,12 +94,15 @@ def estimate_load_model(
     Keys: cold_start_s, warm_start_s (None without a cache), dram_copies, hit_rate (of 1), switch_s (mean), coverage.
     `cached_models` is what a cache holds: by default 1 in the local one of each instance, all in EMS.
     """
-    _choice("cache", cache, get_args(ModelCache))
-    if hardware.storage is None:
-        raise ConfigError(f"storage of {hardware.name}: missing; how fast models load is not known")
+    spec = hardware_of(hardware)
+    check_choice("cache", cache, get_args(ModelCache))
+    check_size(model_bytes=model_bytes)
+    check_counts(1, instances=instances, models=models, cached_models=cached_models)
+    if spec.storage is None:
+        raise ConfigError(f"storage of {spec.name}: missing; how fast models load is not known")
     try:
         loading = load_model_time(
-            hardware.storage,
+            spec.storage,
             model_bytes=model_bytes,
             num_instances=instances,
             num_models=models,
@@ -103,61 +111,57 @@ def estimate_load_model(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    notes = ["the published latencies are illustrative; each is a size over one of two bandwidths that they imply"]
-    outside = [
-        f"{name} {value:g}: extrapolated {'upwards' if value > published else 'downwards'}, published for {published:g}"
-        for name, value, published in (
-            ("model_bytes", model_bytes, PUBLISHED_MODEL_BYTES),
-            ("instances", instances, PUBLISHED_LOADS),
-            ("models", models, PUBLISHED_LOADS),
-        )
-        if value != published
-    ]
+    coverage = _coverage_on(spec)
+    for name, value, published in (
+        ("model_bytes", model_bytes, PUBLISHED_MODEL_BYTES),
+        ("instances", instances, PUBLISHED_LOADS),
+        ("models", models, PUBLISHED_LOADS),
+    ):
+        coverage.compare(name, value, published, published)
     default_held = {"none": None, "local": 1, "ems": models}[cache]
     if cached_models is not None and cached_models != default_held:
-        outside.append(
-            f"cached_models {cached_models}: published for {default_held}; hits are taken as cached over all"
-        )
+        told = f"cached_models {cached_models}: published for {default_held}; hits are taken as cached over all"
+        coverage.leave("cached_models", "unpublished", told)
+    coverage.notes.append(
+        "the published latencies are illustrative; each is a size over one of two bandwidths that they imply"
+    )
     return {
         "cold_start_s": loading.cold_start_s,
         "warm_start_s": loading.warm_start_s,
         "dram_copies": loading.dram_copies,
         "hit_rate": loading.hit_rate,
         "switch_s": loading.switch_s,
-        "coverage": _coverage(hardware, notes, outside),
+        "coverage": coverage.as_json(),
     }
 
 
-def estimate_switches(*, hardware: SupernodeSpec, npus: int) -> dict[str, Any]:
+def estimate_switches(*, hardware: Hardware = "cloudmatrix384", npus: int) -> dict[str, Any]:
     """Second-level switches of a supernode of `npus`. Keys: nodes, logical_switches, utilization (of 1), coverage."""
+    spec = hardware_of(hardware)
+    check_counts(1, npus=npus)
     try:
-        plan = plan_switches(hardware, num_npus=npus)
+        plan = plan_switches(spec, num_npus=npus)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    notes, outside = (
-        ["switches are taken in steps of 14 as in all published rows, which steps of 7 would fit as well"],
-        [],
+    coverage = _coverage_on(spec)
+    coverage.compare("npus", npus, *PUBLISHED_NPUS)
+    coverage.notes.append(
+        "switches are taken in steps of 14 as in all published rows, which steps of 7 would fit as well"
     )
-    if npus < PUBLISHED_NPUS[0]:
-        outside.append(
-            f"npus {npus}: extrapolated downwards, published from {PUBLISHED_NPUS[0]} to {PUBLISHED_NPUS[1]}"
-        )
-    if npus % hardware.npus_per_node:
-        notes.append(f"npus {npus}: the last node is filled in part and brings all its uplinks")
+    if npus % spec.npus_per_node:
+        coverage.notes.append(f"npus {npus}: the last node is filled in part and brings all its uplinks")
     return {
         "nodes": plan.num_nodes,
         "logical_switches": plan.num_logical_switches,
         "utilization": plan.utilization,
-        "coverage": _coverage(hardware, notes, outside),
+        "coverage": coverage.as_json(),
     }
 
 
-def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name}: {shown(value)} is not one of {', '.join(known)}")
-
-
-def _coverage(hardware: SupernodeSpec, notes: list[str], outside: list[str]) -> dict[str, Any]:
-    if hardware.name != PUBLISHED_MACHINE:
-        outside = [*outside, f"hardware {hardware.name}: what was published is of {PUBLISHED_MACHINE}"]
-    return {"inside": not outside, "notes": [*outside, *notes]}
+def _coverage_on(spec: SupernodeSpec) -> Coverage:
+    coverage = Coverage()
+    compare_machine(coverage, spec)
+    if spec.name != PUBLISHED_MACHINE:
+        told = f"hardware {spec.name}: what was published is of {PUBLISHED_MACHINE}"
+        coverage.leave("hardware", "unpublished", told)
+    return coverage

@@ -10,8 +10,8 @@ import pytest
 from serving import cli
 
 VERBS = (
-    "bench", "calibrate", "check", "eval", "expert-load", "expert-traffic", "presets", "quantize", "replay",
-    "reproduce", "run", "serve", "simulate", "train",
+    "bench", "calibrate", "check", "estimate", "eval", "expert-load", "expert-traffic", "presets", "quantize",
+    "replay", "reproduce", "run", "serve", "simulate", "train",
 )  # fmt: skip
 
 

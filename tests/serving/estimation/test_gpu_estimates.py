@@ -63,7 +63,7 @@ def test_nvlink_helps_only_inside_a_node():
     [
         (lambda: decode(hardware="h800", ep=128, batch_per_npu=600, mtp=0), r"does not fit in HBM: .* = 190\.4 GiB"),
         (lambda: decode(hardware="h800", ep=4096), "ep: 4096, h800 has 2048 dies"),
-        (lambda: prefill(hardware="h800", reuse=0.5, pool_plane="ub"), "pool_plane: ub of h800 joins no hosts"),
+        (lambda: prefill(hardware="h800", reuse=0.5, pool_plane="ub"), "pool_plane: ub of h800 has no path"),
     ],
 )
 def test_what_a_gpu_cannot_do_is_refused(call, message):
