@@ -139,6 +139,7 @@ def build_cluster(
             log=log,
             block_bytes=block_bytes(config),
             block_size=config.cache.block_size,
+            read_bytes_per_s=config.hardware.rates.pool_read_bytes_per_s,
         )
     prefilling, decoding = ("prefill", "decode") if config.disaggregated else ("colocated", "colocated")
     router = Router(

@@ -42,8 +42,12 @@ class KvPool:
         log: EventLog,
         block_bytes: int,
         block_size: int,
+        read_bytes_per_s: float,
     ) -> None:
-        """`hosts[i]` is the endpoint of host i of the index; `block_bytes` is a block as charged."""
+        """`hosts[i]` is the endpoint of host i of the index; `block_bytes` is a block as charged.
+
+        `read_bytes_per_s` is what the pool's software reaches into one die, below what the plane does.
+        """
         self.index = index
         self._hosts = list(hosts)
         self._fabric = fabric
@@ -52,6 +56,8 @@ class KvPool:
         self._log = log
         self._block_bytes = block_bytes
         self._block_size = block_size
+        self._read_bytes_per_s = read_bytes_per_s
+        self._reading_until_ns: dict[Endpoint, int] = {}  # by die
         self._lost_hosts: set[int] = set()
         self.num_loaded_blocks = 0
         self.num_stored_blocks = 0
@@ -116,7 +122,10 @@ class KvPool:
         for i, block in enumerate(wanted):
             source, die = self._hosts[block.host_id], dies[i % len(dies)]
             finish_ns = self._fabric.reserve("ub", source, die, num_bytes=block.num_bytes, now_ns=start_ns, op="read")
-            end_ns = max(end_ns, finish_ns)
+            paced_ns = max(start_ns, self._reading_until_ns.get(die, 0))
+            paced_ns += round(block.num_bytes * 1e9 / self._read_bytes_per_s)
+            self._reading_until_ns[die] = paced_ns
+            end_ns = max(end_ns, finish_ns, paced_ns)
         self._log.append(start_ns, "pool_load", request_id, blocks=len(wanted), until_ns=end_ns)
         reading = asyncio.ensure_future(self._transport.pool_load(target, [_object(block) for block in wanted], blocks))
         await self._clock.sleep_until(end_ns)

@@ -46,6 +46,7 @@ def run_pool(make_config, fake_devices):
                 log=EventLog(),
                 block_bytes=BLOCK_BYTES,
                 block_size=4,
+                read_bytes_per_s=config.hardware.rates.pool_read_bytes_per_s,
             )
             cache = devices._cache("prefill-0", 0)
             dies = [fabric.die(0), fabric.die(1)]
@@ -88,6 +89,18 @@ def test_what_was_stored_is_found_and_loaded_from_any_block_on(run_pool, prompt)
         assert await load(prompt(16), first=3) == 0
         assert await load(prompt(8, seed=1)) == 0
         assert (pool.num_stored_blocks, pool.num_loaded_blocks) == (3, 4)
+
+    run_pool(program)
+
+
+def test_reads_are_paced_die_by_die(run_pool, prompt):
+    """Four blocks into two dies, twice at once: each die takes four, one after the other, at the pool's rate."""
+
+    async def program(pool, store, load, clock):
+        await store(prompt(16))
+        start_ns = clock.now_ns()
+        await asyncio.gather(load(prompt(16)), load(prompt(16)))
+        assert clock.now_ns() - start_ns == 4 * round(BLOCK_BYTES * 1e9 / 4.2e9)
 
     run_pool(program)
 

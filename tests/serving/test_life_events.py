@@ -48,14 +48,14 @@ def test_the_events_of_a_request_whose_prefix_is_in_the_pool(run_system, make_co
         "10000000 arrive r1 limit=2 prompt=12",
         "10000000 place r1 decode=decode-0 prefill=prefill-0 rank=0",
         "10000000 admit r1 cached=0 instance=prefill-0 rank=0",
-        "10000000 pool_load r1 blocks=2 until_ns=10003609",
-        "10003609 step prefill-0 charged_ns=1000000 rows=1 tokens=4",
-        "11003609 done r1 instance=prefill-0 stopped=0",
-        "11003609 pool_store r1 blocks=1 evicted=0 until_ns=11007259",
-        "11003609 kv_transfer r1 bytes=843264 rank=0 source=0",
-        "11042320 step decode-0 charged_ns=500000 rows=1 tokens=1",
-        "11542320 done r1 instance=decode-0 stopped=0",
-        "11542320 outcome r1 reason=length tokens=2",
+        "10000000 pool_load r1 blocks=2 until_ns=10066926",
+        "10066926 step prefill-0 charged_ns=1000000 rows=1 tokens=4",
+        "11066926 done r1 instance=prefill-0 stopped=0",
+        "11066926 pool_store r1 blocks=1 evicted=0 until_ns=11070576",
+        "11066926 kv_transfer r1 bytes=843264 rank=0 source=0",
+        "11105637 step decode-0 charged_ns=500000 rows=1 tokens=1",
+        "11605637 done r1 instance=decode-0 stopped=0",
+        "11605637 outcome r1 reason=length tokens=2",
     ]
 
 
