@@ -39,7 +39,7 @@ def test_few_constants_are_fitted_and_each_within_its_range():
 
 
 def test_published_streams_are_nearly_even():
-    """arXiv 2506.12708v2, section 4.2.3: 16 cube cores to attention make both streams about 600 us; tuned, ours agree."""
+    """arXiv 2506.12708v2, section 4.2.3: both streams take about 600 us with 16 cube cores for attention."""
     tuned = decode()
     assert tuned["attention_aic"] in (15, 16)
     assert tuned["attention_stream_us"] == pytest.approx(tuned["moe_stream_us"], rel=0.1)
