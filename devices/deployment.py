@@ -12,6 +12,8 @@ from itertools import pairwise
 
 from model.config import ModelConfig
 
+DIES_PER_SHARED_COPY = 10  # arXiv 2506.12708v2, section 5.1: 32 copies of the shared expert on 320 dies
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imbalance:
@@ -70,14 +72,18 @@ class ExpertDeployment:
     def published(cls, config: ModelConfig, *, ep: int, imbalance: Imbalance = BALANCED) -> "ExpertDeployment":
         """The paper's layout at its degrees, and the same rule at others.
 
-        More dies than experts: one expert per die, what is left shared between copies of the shared expert and
-        redundant ones (EP320 = 32 + 256 + 32). Else every die has the shared expert, its part of the routed ones and
-        one redundant (EP32 = 1 + 8 + 1). Where the routed ones do not divide, the slots that are left over are the
-        redundant ones (EP144 = 1 + 2, with 32 redundant: open-infra-index, day 6; EP72 = 1 + 4: SGLang's 288 slots).
+        More dies than experts: one expert per die, half of what is left for copies of the shared expert and half for
+        redundant ones (EP320 = 32 + 256 + 32), but a shared copy for every 10 dies, as there, since all tokens go to
+        one. Where that many are not left, and with fewer dies than experts, every die has the shared expert, its part
+        of the routed ones and one redundant (EP32 = 1 + 8 + 1). Where the routed ones do not divide, the slots that are
+        left over are the redundant ones (EP144 = 1 + 2, with 32 redundant: open-infra-index, day 6; EP72 = 1 + 4:
+        SGLang's 288 slots).
         """
         spare = ep - config.n_routed_experts
-        if spare >= 2:
-            return cls(ep=ep, num_router_slots=ep - spare // 2, num_shared_slots=spare // 2, imbalance=imbalance)
+        fewest_shared = math.ceil(ep / DIES_PER_SHARED_COPY)
+        if spare >= fewest_shared and config.n_shared_experts:
+            num_shared = max(spare // 2, fewest_shared)
+            return cls(ep=ep, num_router_slots=ep - num_shared, num_shared_slots=num_shared, imbalance=imbalance)
         extra = 1 if ep > 1 and config.n_routed_experts % ep == 0 else 0
         slots = ep * (math.ceil(config.n_routed_experts / ep) + extra)
         return cls(ep=ep, num_router_slots=slots, num_shared_slots=0, imbalance=imbalance if ep > 1 else BALANCED)

@@ -70,33 +70,37 @@ class ExpertParallel:
         """Copies that a die sends for `tokens`: one for each chosen expert, and one to a dispatched shared expert."""
         return tokens * self._copies_per_token
 
-    def hottest_copies(self, tokens: float) -> float:
-        """Copies that reach the hottest die when every die sends for `tokens`."""
-        return max(self._deployment.hottest_copies(tokens, self._top_k), tokens * self._shared_copies_per_token)
+    def hottest_copies(self, mean_tokens: float) -> float:
+        """Copies that reach the hottest die when a die sends for `mean_tokens` on average."""
+        routed = self._deployment.hottest_copies(mean_tokens, self._top_k)
+        return max(routed, mean_tokens * self._shared_copies_per_token)
 
-    def dispatch(self, tokens: float, *, aiv: int) -> float:
-        """Fused dispatch of `tokens` per die by `aiv` vector cores."""
+    def dispatch(self, tokens: float, *, aiv: int, mean_tokens: float | None = None) -> float:
+        """Fused dispatch by `aiv` vector cores: `tokens` of the die that has most, and the mean (None: all alike)."""
         if self._ep == 1:
             return 0.0
+        hottest = self.hottest_copies(tokens if mean_tokens is None else mean_tokens)
         send_s = self._write_s(self.num_copies(tokens), self._dispatch_bytes, aiv)
-        receive_s = self.hottest_copies(tokens) * self._far_share * self._dispatch_bytes / self._port_bytes_per_s
+        receive_s = hottest * self._far_share * self._dispatch_bytes / self._port_bytes_per_s
         flags_s = self._ep / aiv * self._latency_s
         return max(send_s, receive_s) + self._dispatch_fixed_s + flags_s
 
-    def combine(self, tokens: float, *, aiv: int) -> float:
-        """Fused combine, the same way."""
+    def combine(self, tokens: float, *, aiv: int, mean_tokens: float | None = None) -> float:
+        """Fused combine, the same way: the die that had most tokens has most to receive."""
         if self._ep == 1:
             return 0.0
-        send_s = self._write_s(self.hottest_copies(tokens), self._combine_bytes, aiv)
-        return send_s + self._launch_s + self._latency_s
+        hottest = self.hottest_copies(tokens if mean_tokens is None else mean_tokens)
+        send_s = self._write_s(hottest, self._combine_bytes, aiv)
+        receive_s = self.num_copies(tokens) * self._far_share * self._combine_bytes / self._port_bytes_per_s
+        return max(send_s, receive_s) + self._launch_s + self._latency_s
 
-    def bulk_dispatch(self, tokens: float) -> float:
+    def bulk_dispatch(self, tokens: float, *, mean_tokens: float | None = None) -> float:
         """Large all-to-all of prefill: at the measured rate, or as fast as the hottest die can take it."""
-        return self._bulk(tokens, self._dispatch_bytes, self._bulk_dispatch_bytes_per_s)
+        return self._bulk(tokens, mean_tokens, self._dispatch_bytes, self._bulk_dispatch_bytes_per_s)
 
-    def bulk_combine(self, tokens: float) -> float:
+    def bulk_combine(self, tokens: float, *, mean_tokens: float | None = None) -> float:
         """And back."""
-        return self._bulk(tokens, self._combine_bytes, self._bulk_combine_bytes_per_s)
+        return self._bulk(tokens, mean_tokens, self._combine_bytes, self._bulk_combine_bytes_per_s)
 
     def _write_s(self, copies: float, message_bytes: int, aiv: int) -> float:
         drive = 1 - math.exp(-math.log(20) * aiv / self._aiv_for_95_percent)
@@ -104,9 +108,9 @@ class ExpertParallel:
         near_s = copies * self._near_share * (message_bytes / self._near_bytes_per_s + self._near_copy_s)
         return max(far_s, near_s) / drive
 
-    def _bulk(self, tokens: float, message_bytes: int, bytes_per_s: float) -> float:
+    def _bulk(self, tokens: float, mean_tokens: float | None, message_bytes: int, bytes_per_s: float) -> float:
         if self._ep == 1:
             return 0.0
-        mean_s = self.num_copies(tokens) * message_bytes / bytes_per_s
-        hottest_s = self.hottest_copies(tokens) * message_bytes / self._receive_bytes_per_s
-        return max(mean_s, hottest_s) + self._latency_s
+        fullest_s = self.num_copies(tokens) * message_bytes / bytes_per_s
+        hottest = self.hottest_copies(tokens if mean_tokens is None else mean_tokens)
+        return max(fullest_s, hottest * message_bytes / self._receive_bytes_per_s) + self._latency_s

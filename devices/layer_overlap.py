@@ -60,12 +60,12 @@ class Load:
 
     def __init__(self, work: StepWork, *, is_split: bool) -> None:
         """`is_split`: attention's heads are, so that context and KV are the same on every die."""
-        self.mean_tokens = _mean(work.num_tokens)
+        self.mean_tokens = mean(work.num_tokens)
         self.max_tokens = float(work.num_tokens.max())
         self.context: PerRank
         self.kv: PerRank
         if is_split:
-            self.context, self.kv = [_mean(work.num_context_tokens)], [_mean(work.num_kv_tokens)]
+            self.context, self.kv = [mean(work.num_context_tokens)], [mean(work.num_kv_tokens)]
         elif work.num_ranks <= FEW_RANKS:
             self.context, self.kv = work.num_context_tokens.tolist(), work.num_kv_tokens.tolist()
         else:
@@ -130,9 +130,9 @@ class LayerModel:
     def _fused_moe(self, load: Load, cores: Cores) -> Parts:
         return {
             "gate": self._operators.gate(load.max_tokens, aic=cores.aic),
-            "dispatch": self._experts.dispatch(load.max_tokens, aiv=cores.aiv),
+            "dispatch": self._experts.dispatch(load.max_tokens, aiv=cores.aiv, mean_tokens=load.mean_tokens),
             "experts": self._operators.experts(load.mean_tokens, load.max_tokens, aic=cores.aic),
-            "combine": self._experts.combine(load.max_tokens, aiv=cores.aiv),
+            "combine": self._experts.combine(load.max_tokens, aiv=cores.aiv, mean_tokens=load.mean_tokens),
         }
 
     def _two_streams(self, load: Load) -> Layer:
@@ -183,7 +183,7 @@ class LayerModel:
             attention = operators.split_attention(load.max_tokens, context, kv)
         else:
             attention = self._attention(load, cores)
-        copies, hottest = experts.num_copies(load.max_tokens), experts.hottest_copies(load.max_tokens)
+        copies, hottest = experts.num_copies(load.max_tokens), experts.hottest_copies(load.mean_tokens)
         # Engines move blocks that vector cores laid out, copy by copy, and add up. Kernels on cores read a token where
         # it is, and add while they receive: their measured bandwidth has that work in it.
         sent, added = (load.max_tokens, 0.0) if self._bulk_cores else (copies, copies)
@@ -195,7 +195,10 @@ class LayerModel:
             "expert_activations": operators.expert_activations(load.mean_tokens, load.max_tokens),
             "combine_compute": operators.combine_compute(added, hottest) if is_parallel else 0.0,
         }
-        bulk = {"dispatch": experts.bulk_dispatch(load.max_tokens), "combine": experts.bulk_combine(load.max_tokens)}
+        bulk = {
+            "dispatch": experts.bulk_dispatch(load.max_tokens, mean_tokens=load.mean_tokens),
+            "combine": experts.bulk_combine(load.max_tokens, mean_tokens=load.mean_tokens),
+        }
         return {"attention": attention, "moe": moe, self._bulk_stream: bulk}
 
 
@@ -213,7 +216,7 @@ def _hidden(streams: Mapping[str, Parts], communication: str) -> Layer:
     return Layer(_named({communication: streams[communication]}), compute_s / 2, streams, 2)
 
 
-def _mean(values: IntArray) -> float:
+def mean(values: IntArray) -> float:
     """`ndarray.mean` costs four times as much on so few ranks."""
     return int(values.sum()) / len(values)
 

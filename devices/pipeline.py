@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from devices.deployment import ExpertDeployment
 from devices.expert_parallel import ExpertParallel
-from devices.layer_overlap import Layer, LayerModel, Load, Role, total
+from devices.layer_overlap import Layer, LayerModel, Load, Role, mean, total
 from devices.operators import Operators, Parts
 from devices.spec import SupernodeSpec
 from devices.step_work import StepTime, StepWork
@@ -119,15 +119,17 @@ class StepTimeModel:
         num_dense = self._model.num_hidden_layers - self._model.num_moe_layers
         attention_s = sum(seconds for name, seconds in plain.exposed.items() if name.startswith("attention."))
         exposed["dense_layers"] = num_dense * (attention_s + operators.dense_mlp(load.max_tokens))
-        head_split = self._deployment.ep if self._layers.is_split else 1
         samples, seqs = float(work.num_samples.max()), float(work.num_seqs.max())
-        exposed["lm_head"] = operators.lm_head(samples, split=head_split)
+        # Split over the dies, the head has the rows of all of them.
+        head_split = self._deployment.ep if self._layers.is_split else 1
+        head_rows = mean(work.num_samples) * head_split if self._layers.is_split else samples
+        exposed["lm_head"] = operators.lm_head(head_rows, split=head_split)
         exposed["sampling"] = operators.sampling(samples)
         if self._num_speculative_tokens:
             block = total(plain.exposed) + operators.mtp_projection(load.max_tokens)
             draft = 0.0
             if self._role != "prefill":
-                draft = operators.lm_head(seqs, split=head_split) + operators.sampling(seqs)
+                draft = operators.lm_head(seqs, split=1) + operators.sampling(seqs)
             exposed["mtp"] = self._num_speculative_tokens * (block + draft)
         exposed["launch"] = self._launch_s
 

@@ -13,6 +13,7 @@ INT8_BYTES = 1.0
 BF16_BYTES = 2.0
 FP32_BYTES = 4.0
 
+EpPlane = Literal["ub", "rdma"]
 EpNear = Literal["package", "node"]
 DecodeOverlap = Literal["cores", "communication"]
 PrefillAttention = Literal["split", "data_parallel"]
@@ -58,7 +59,7 @@ class Rates:
     attention_small_operators: int  # of the attention half: all but prolog, attention core and O_proj
     launch_s: float  # of one operator inside a graph
     graph_launch_s: float
-    ep_plane: Literal["ub", "rdma"]  # that token copies take
+    ep_plane: EpPlane  # that token copies take
     ep_near: EpNear  # dies that copies reach over a nearer link: the package's, or the scale-up plane of a node
     ep_aiv_for_95_percent: float  # vector cores that drive 95 % of what all of them drive
     ep_scale_bytes: int  # of a quantized token copy, beside one byte per element
@@ -80,7 +81,12 @@ class Rates:
                 raise ValueError(f"{field.name}: {value} must be finite and above 0")
         if self.gemm_tile_n_step > self.gemm_tile_n:
             raise ValueError(f"gemm_tile_n_step: {self.gemm_tile_n_step} exceeds gemm_tile_n {self.gemm_tile_n}")
-        words = {"ep_near": EpNear, "decode_overlap": DecodeOverlap, "prefill_attention": PrefillAttention}
+        words = {
+            "ep_plane": EpPlane,
+            "ep_near": EpNear,
+            "decode_overlap": DecodeOverlap,
+            "prefill_attention": PrefillAttention,
+        }
         for name, known in words.items():
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(get_args(known))}")

@@ -178,8 +178,9 @@ class SupernodeSpec:
         for plane in get_args(PlaneName):
             if plane not in self.planes:
                 raise SpecError(f"planes.{plane}: missing")
-        if self.rates.ep_plane not in self.planes:
-            raise SpecError(f"rates.ep_plane: {self.rates.ep_plane!r} is none of {', '.join(self.planes)}")
+        for op in get_args(Op):
+            if ("npu_npu", op, "inter") not in self.planes[self.rates.ep_plane].paths:
+                raise SpecError(f"rates.ep_plane: {self.rates.ep_plane} has no npu_npu.{op}.inter path")
         if self.rates.bulk_cores >= self.npu.die.num_aic:
             raise SpecError(f"rates.bulk_cores: {self.rates.bulk_cores} must leave cores of {self.npu.die.num_aic}")
         if self.ub_topology is not None and self.num_nodes > self.ub_topology.max_nodes:

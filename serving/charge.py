@@ -14,7 +14,7 @@ from devices.pipeline import StepTime, StepTimeModel, StepWork
 from serving.config import Role, RunConfig
 from serving.core.scheduled_batch import ScheduledBatch
 from serving.expert_balance import with_imbalance
-from serving.placement import rank_imbalance
+from serving.placement import measured_imbalance
 
 
 def deployment_of(config: RunConfig, role: Role) -> ExpertDeployment:
@@ -22,9 +22,7 @@ def deployment_of(config: RunConfig, role: Role) -> ExpertDeployment:
     layout, balance = config.charged_layout(role), config.timing.balance
     if balance != "measured":
         return with_imbalance(layout, config.charged_shape, config.hardware.fitted, role=role, balance=balance)
-    measured = rank_imbalance(config, role)
-    assert measured is not None  # checked with the configuration
-    return replace(layout, imbalance=Imbalance.constant(measured.measured))
+    return replace(layout, imbalance=Imbalance.constant(measured_imbalance(config, role)))
 
 
 def step_charge(config: RunConfig, role: Role) -> Callable[[ScheduledBatch], StepTime]:

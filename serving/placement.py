@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.config import Role, RunConfig
+from serving.core.expert_load_model import load_imbalance, slot_loads
 from serving.core.expert_placement import ExpertPlacement, balanced_placement, uniform_load
 
 
@@ -41,6 +42,18 @@ def rank_imbalance(config: RunConfig, role: Role) -> Imbalance | None:
         float((1 / _place(config, role, by).balancedness(with_shared)).mean()) for by in (_uniform(config), load)
     )
     return Imbalance(uniform=uniform, measured=measured)
+
+
+def measured_imbalance(config: RunConfig, role: Role) -> float:
+    """Routed load of the hottest live rank over the mean of those with routed experts, under the measured load.
+
+    The mean of all layers. Few live ranks are far more even than the many dies of the instance that they stand for.
+    """
+    load = config.expert_load
+    assert load is not None  # checked with the configuration
+    placement = place_experts(config, role)
+    by_slot = slot_loads(load[np.newaxis], placement)
+    return float(load_imbalance(by_slot, placement, num_experts=load.shape[1]).rank.mean())
 
 
 def _uniform(config: RunConfig) -> NDArray[np.float64]:

@@ -70,6 +70,11 @@ def decode(
         raise ConfigError(
             f"attention_aic: {attention_aic} must leave some of the {spec.npu.die.num_aic} cube cores of a die"
         )
+    if attention_aic is not None and (spec.rates.decode_overlap != "cores" or not is_on(microbatch=microbatch)):
+        raise ConfigError(
+            f"attention_aic: {attention_aic} needs streams with cores of their own: microbatch on, and a machine that "
+            f"splits its cores, as {spec.name} {'does' if spec.rates.decode_overlap == 'cores' else 'does not'}"
+        )
     if mtp and not shape.num_nextn_predict_layers:
         raise ConfigError(f"mtp: {mtp}, but model {model} has no MTP module")
     layout = layout_of(shape, ep)
@@ -148,10 +153,11 @@ def prefill(
     layout = layout_of(shape, ep)
     dies = spec.npu.num_dies
     tokens = tokens_per_npu * ep / dies  # of the instance
-    if prompt_len > tokens:
+    is_split = spec.rates.prefill_attention == "split"
+    most, where = (tokens, f"{ep / dies:g} NPUs") if is_split else (tokens_per_npu / dies, "a rank, which has it whole")
+    if prompt_len > most:
         raise ConfigError(
-            f"prompt_len: {prompt_len} exceeds the batch of {tokens:g} tokens: tokens_per_npu {tokens_per_npu} on "
-            f"{ep / dies:g} NPUs"
+            f"prompt_len: {prompt_len} exceeds the batch of {most:g} tokens: tokens_per_npu {tokens_per_npu} on {where}"
         )
     prompts = tokens / prompt_len
     cached = 0 if pool_plane == "none" else min(round(prompt_len * reuse), prompt_len - 1)  # the last one is computed
@@ -163,7 +169,7 @@ def prefill(
         is_prefill=True,
         step_tokens=tokens_per_npu / dies,
         # Every die has the latents of all prompts, or those of its own.
-        cached_tokens=tokens if spec.rates.prefill_attention == "split" else tokens_per_npu / dies,
+        cached_tokens=tokens if is_split else tokens_per_npu / dies,
         has_mtp=False,
     )
     step = StepTimeModel(

@@ -20,6 +20,17 @@ def test_the_published_deployments(deepseek_r1: ModelConfig) -> None:
     assert (alone.num_router_slots, alone.imbalance) == (256, BALANCED)
 
 
+@pytest.mark.parametrize("ep", range(250, 400))
+def test_no_shared_copy_is_much_hotter_than_a_routed_expert(deepseek_r1: ModelConfig, ep: int) -> None:
+    """At the published EP320 it gets 10 copies for 8.9 of a routed expert; never more."""
+    layout = ExpertDeployment.published(deepseek_r1, ep=ep)
+    slots = layout.num_router_slots + layout.num_shared_slots
+    assert slots % ep == 0
+    assert layout.num_router_slots >= 256
+    if layout.is_shared_dispatched:
+        assert ep / layout.num_shared_slots <= 10
+
+
 def test_imbalance_is_interpolated_by_the_logarithm_of_tokens() -> None:
     curve = Imbalance(tokens=(4, 16), values=(3.0, 2.0))
     assert [curve.at(tokens) for tokens in (0, 1, 4, 8, 16, 1000)] == [3, 3, 3, 2.5, 2, 2]

@@ -49,6 +49,20 @@ def test_combine_waits_for_the_hottest_die(supernode: SupernodeSpec, deepseek_r1
     assert experts(deepseek_r1, supernode, 64, imbalance=9.0).dispatch(96, aiv=48) > even.dispatch(96, aiv=48)
 
 
+def test_uneven_ranks(supernode: SupernodeSpec, deepseek_r1: ModelConfig) -> None:
+    """The fullest rank paces what it sends; the hottest die has copies of the mean rank's tokens."""
+    pair = experts(deepseek_r1, supernode, 64)
+    full, none = 96, 0.0
+    assert pair.dispatch(full, mean_tokens=full / 64, aiv=48) == pair.dispatch(full, aiv=48)
+    alone = pair.combine(full, mean_tokens=full / 64, aiv=48)
+    assert pair.combine(none, aiv=48) < alone < pair.combine(full, aiv=48)
+    # What it had sent comes back through one port: 96 tokens x 8 copies x 14,336 bytes, 62 of 64 from other packages.
+    wire_s = 96 * 8 * 14336 * 62 / 64 / 196e9
+    assert alone - pair.combine(none, aiv=48) == pytest.approx(wire_s)
+    even = pair.bulk_combine(512)
+    assert pair.bulk_combine(512, mean_tokens=256) == even == pair.bulk_combine(512, mean_tokens=512)
+
+
 def test_shared_copies_receive_every_token(supernode: SupernodeSpec, deepseek_r1: ModelConfig) -> None:
     """EP320: 320 dies send each token to 8 of 288 routed slots and to one of 32 shared ones."""
     pair = experts(deepseek_r1, supernode, 320, shared=32)

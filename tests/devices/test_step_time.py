@@ -180,6 +180,14 @@ def test_a_step_waits_for_the_slowest_rank(machine: SupernodeSpec, deepseek_r1: 
     assert model.step(uneven) == model.step(elsewhere)
 
 
+def test_a_split_head_has_the_rows_of_all_dies(supernode: SupernodeSpec, deepseek_r1: ModelConfig) -> None:
+    """Prefill: 128 rows on each of 32 dies are 4,096 rows for each die's 4,040 columns."""
+    work = dataclasses.replace(prefill_work(64, 4096), num_samples=np.full(32, 128))
+    head_s = time_model(deepseek_r1, supernode, "prefill", ep=32).detail(work).exposed["lm_head"]
+    flops = 2 * 4096 * 4040 * 7168
+    assert head_s > flops / supernode.npu.die.bf16_flops_per_s
+
+
 def test_live_ranks_stand_for_those_of_the_full_instance(machine: SupernodeSpec, deepseek_r1: ModelConfig) -> None:
     model = time_model(deepseek_r1, machine, "decode", ep=320)
     assert model.step(decode_work(48, 4096, num_ranks=4)) == model.step(decode_work(48, 4096, num_ranks=320))

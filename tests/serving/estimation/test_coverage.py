@@ -115,7 +115,6 @@ def test_what_nobody_published_is_told(name, arguments, argument, note):
     ("name", "arguments"),
     [
         ("decode", {"acceptance": 0.05}),
-        ("decode", {"microbatch": "off", "attention_aic": 3}),
         ("decode", {"mtp": 0, "mtp_pipelined": "off"}),
         ("prefill", {"reuse": 0.0, "pool_plane": "none"}),
         ("prefill", {"reuse": 0.3, "pool_plane": "vpc"}),

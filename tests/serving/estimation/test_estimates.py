@@ -180,6 +180,21 @@ def test_an_odd_batch_lies_between_its_neighbors():
         ("decode", {"balance": "fair"}, "balance: 'fair' is not one of balanced, eplb, none"),
         ("decode", {"microbatch": True}, "microbatch: True is not one of on, off"),
         ("decode", {"attention_aic": 24}, "attention_aic: 24 must leave some of the 24 cube cores of a die"),
+        (
+            "decode",
+            {"attention_aic": 16, "microbatch": "off"},
+            "attention_aic: 16 needs streams with cores of their own",
+        ),
+        (
+            "decode",
+            {"attention_aic": 16, "hardware": "h800", "ep": 128},
+            "attention_aic: 16 needs streams with cores of their own",
+        ),
+        (
+            "prefill",
+            {"hardware": "h800", "prompt_len": 20000},
+            "prompt_len: 20000 exceeds the batch of 16384 tokens: tokens_per_npu 16384 on a rank",
+        ),
         ("decode", {"hardware": "h900"}, "hardware: 'h900' is not shipped, only cloudmatrix384"),
         ("decode", {"hardware": {}}, "hardware: npu: missing"),
         ("decode", {"hardware": "no.yaml"}, "hardware: no part 'no.yaml'"),
