@@ -58,8 +58,8 @@ def test_slots_that_do_not_fill_the_ranks_are_filled_up():
 def test_measured_is_the_recorded_load_on_the_live_ranks(tmp_path, role, num_hot, imbalance):
     """Laptop has 2 prefill ranks and 2 redundant experts, 4 decode ranks and 4.
 
-    One expert with all the load has 3 copies in prefill, two of them on one of the two ranks: 2/3 over a mean of 1/2. In
-    decode 5 on four ranks: 2/5 over 1/4; two such experts have 3 each: 2 of 6 over 1/4.
+    One expert with all the load has 3 copies in prefill, two of them on one of the two ranks: 2/3 over a mean of 1/2.
+    In decode 5 on four ranks: 2/5 over 1/4; two such experts have 3 each: 2 of 6 over 1/4.
     """
     shape = load_config("laptop").shape
     load = np.zeros((shape.num_moe_layers, shape.n_routed_experts), np.int64)
