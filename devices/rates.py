@@ -102,8 +102,8 @@ class Fitted:
     dispatch_fixed_s: float  # of a dispatch, whatever its size
     activation_passes: float  # how often attention's intermediate results cross HBM
     attention_exposed: float  # share of the shorter of compute and memory time that attention does not hide
-    expert_load_skew: float  # of the published evaluation, over that of the load generator
-    expert_load_drift: float  # of one request's expert load from the statistics: sigma of a log-normal
+    expert_load_skew: float  # of a decode batch's expert load, over that of the load generator
+    expert_load_drift: float  # of a prefill batch's expert load from the statistics: sigma of a log-normal
     pool_vpc_efficiency: float  # of VPC's nominal bandwidth, that reads from the pool reach
 
     def __post_init__(self) -> None:

@@ -2,8 +2,8 @@
 
 Owns: from a balance mode to the deployment that the time model takes.
 Must not know: how load is drawn or placed (serving/core/), seconds.
-Source: generator and its parameters in configs/expert_load/; the skew and the drift of the published evaluation are
-fitted, since the paper prints neither its load nor its balancer's results.
+Source: generator and its parameters in configs/expert_load/; the skew of decode batches and the drift of prefill
+batches are fitted, since the paper prints neither its load nor its balancer's results.
 """
 
 from dataclasses import replace
@@ -22,12 +22,19 @@ TOKENS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 512.0, 4096.0)  # per die
 
 
 def with_imbalance(
-    layout: ExpertDeployment, shape: ModelConfig, fitted: Fitted, *, role: Role, balance: Balance
+    layout: ExpertDeployment,
+    shape: ModelConfig,
+    fitted: Fitted,
+    *,
+    role: Role,
+    balance: Balance,
+    skew: float | None = None,
 ) -> ExpertDeployment:
     """`layout` with the imbalance of its hottest die, mean over layers and iterations.
 
-    A decode step serves thousands of requests, whose loads average out: it drifts as the generator's iterations do. A
-    prefill batch has a few dozen prompts, and drifts as fitted.
+    The generator was fitted to one data set. A prefill batch is a few dozen prompts: as skewed as that, and further
+    from the statistics, as fitted. A decode step serves thousands of requests of all kinds, whose skews average out: it
+    has the fitted share of the generator's skew, and its drift. `skew` takes the place of either share.
     """
     if balance == "balanced" or layout.ep == 1 or not shape.num_moe_layers:
         return replace(layout, imbalance=BALANCED)
@@ -41,10 +48,13 @@ def with_imbalance(
         num_router_slots=layout.num_router_slots + -num_slots % layout.ep,  # the last ranks' slots are filled up
         num_shared_copies=layout.num_shared_slots,
     )
+    is_prefill = role == "prefill"
+    if skew is None:
+        skew = 1.0 if is_prefill else fitted.expert_load_skew
     skewed = LoadModel(
-        sigma_low=generator.sigma_low * fitted.expert_load_skew,
-        sigma_high=generator.sigma_high * fitted.expert_load_skew,
-        drift=fitted.expert_load_drift if role == "prefill" else generator.drift,
+        sigma_low=generator.sigma_low * skew,
+        sigma_high=generator.sigma_high * skew,
+        drift=fitted.expert_load_drift if is_prefill else generator.drift,
     )
     return replace(layout, imbalance=_imbalance(slots, skewed, balance))
 

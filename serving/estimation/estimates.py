@@ -23,6 +23,7 @@ from serving.estimation.estimate_inputs import (
     check_dies,
     check_instance_fits,
     check_shares,
+    check_size,
     hardware_of,
     is_on,
     layout_of,
@@ -47,6 +48,7 @@ def decode(
     acceptance: float = 0.7,
     microbatch: Switch = "on",
     balance: Balance = "eplb",
+    skew: float | None = None,
     attention_aic: int | None = None,
     mtp_pipelined: Switch = "on",
 ) -> Answer:
@@ -57,6 +59,7 @@ def decode(
     attention_aic (cube cores of the attention stream, None without streams), breakdown (ms that each operator adds to
     the iteration, `stream.operator` within layers), streams (us that each operator takes in one mixture layer, hidden
     behind another stream or not, all microbatches together).
+    `skew` of the experts' load in shares of the load generator's; None: as serving/expert_balance.py has it.
     `mtp` drafts per step, each accepted with probability `acceptance` if those before it were.
     Raises ConfigError, with the sum, if a die's HBM cannot hold it.
     """
@@ -65,6 +68,8 @@ def decode(
     check_counts(0, mtp=mtp)
     check_shares(acceptance=acceptance)
     check_choice("balance", balance, get_args(Balance))
+    if skew is not None:
+        check_size(skew=skew)
     check_counts(1, attention_aic=attention_aic)
     if attention_aic is not None and attention_aic >= spec.npu.die.num_aic:
         raise ConfigError(
@@ -95,7 +100,7 @@ def decode(
         shape,
         spec,
         role="decode",
-        deployment=with_imbalance(layout, shape, spec.fitted, role="decode", balance=balance),
+        deployment=with_imbalance(layout, shape, spec.fitted, role="decode", balance=balance, skew=skew),
         microbatch=is_on(microbatch=microbatch),
         num_speculative_tokens=mtp,
         mtp_pipelined=is_on(mtp_pipelined=mtp_pipelined),
@@ -134,6 +139,7 @@ def prefill(
     ep: int = 32,
     microbatch: Switch = "on",
     balance: Balance = "eplb",
+    skew: float | None = None,
     reuse: float = 0.0,
     pool_plane: PoolPlane = "ub",
 ) -> Answer:
@@ -148,6 +154,8 @@ def prefill(
     check_counts(1, prompt_len=prompt_len, tokens_per_npu=tokens_per_npu, ep=ep)
     check_shares(reuse=reuse)
     check_choice("balance", balance, get_args(Balance))
+    if skew is not None:
+        check_size(skew=skew)
     check_choice("pool_plane", pool_plane, get_args(PoolPlane))
     check_dies(spec, ep)
     layout = layout_of(shape, ep)
@@ -176,7 +184,7 @@ def prefill(
         shape,
         spec,
         role="prefill",
-        deployment=with_imbalance(layout, shape, spec.fitted, role="prefill", balance=balance),
+        deployment=with_imbalance(layout, shape, spec.fitted, role="prefill", balance=balance, skew=skew),
         microbatch=is_on(microbatch=microbatch),
     ).detail(
         StepWork.split_sequence(
