@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from devices.deployment import ExpertDeployment
 from devices.spec import SupernodeSpec
 from model.config import ModelConfig
 from model.work import combine_message_bytes, dispatch_message_bytes
@@ -77,16 +78,15 @@ class TrafficComparison:
         return self.message_bytes[operator] * (copies if operator == "dispatch" else copies.T)
 
 
-def default_slots(*, num_experts: int, num_ranks: int) -> tuple[int, int]:
-    """Router slots with EPLB on, and copies of the shared expert that have dies of their own.
+def default_slots(model: ModelConfig, *, num_experts: int, num_ranks: int) -> tuple[int, int]:
+    """Router slots with EPLB on, and copies of the shared expert that have dies of their own, as estimates place them.
 
-    One redundant expert per rank (EP32: 9 slots each); with more dies than experts one expert per die, and the spare
-    ones half redundant, half shared (EP320: 256 + 32 + 32). Source: arXiv 2506.12708v2, sections 4.1 and 5.1.
+    `num_experts` are those of the load, which need not be the model's. Raises ValueError for fewer than two.
     """
-    spare = num_ranks - num_experts
-    if spare >= 2:
-        return num_ranks - spare // 2, spare // 2
-    return (num_experts // num_ranks + 1) * num_ranks, 0
+    # The layout asks for the number of experts only; groups and choices are those of the load's own model.
+    shape = dataclasses.replace(model, n_routed_experts=num_experts, n_group=1, topk_group=1, num_experts_per_tok=1)
+    layout = ExpertDeployment.published(shape, ep=num_ranks)
+    return layout.num_router_slots, layout.num_shared_slots
 
 
 def compare_traffic(

@@ -5,9 +5,8 @@ Must not know: how traffic is found or drawn.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -16,7 +15,6 @@ from serving.cli_options import Json, make_writable
 from serving.errors import ConfigError
 
 PICTURE_FILE = "expert_traffic.png"
-T = TypeVar("T")
 
 
 def expert_traffic(
@@ -40,6 +38,16 @@ def expert_traffic(
         float | None,
         typer.Option(help="Spread of the load around its statistics; the fitted one, or 0 with --load.", min=0),
     ] = None,
+    skew: Annotated[
+        float,
+        typer.Option(
+            help="Factor on how uneven the generator's experts are: 1 is the translation data set that it was fitted "
+            "to; estimates take expert_load_skew, in the section fitted of the hardware file, which is of the "
+            "published evaluation. Not with --load.",
+            min=0,
+            max=10,
+        ),
+    ] = 1.0,
     near: Annotated[
         bool, typer.Option("--near", help="Send to a copy in the sender's own node if there is one.")
     ] = False,
@@ -52,24 +60,34 @@ def expert_traffic(
     json_file: Json = None,
 ) -> None:
     """What EPLB does to the links: dispatch and combine per die, package and node, with it off and on."""
-    from devices.spec import SupernodeSpec
-    from model.config import ModelConfig
     from serving.core.errors import UnfitRequest
-    from serving.core.expert_load_model import ExpertSlots, draw_weights, shares
+    from serving.core.expert_load_model import ExpertSlots, LoadModel, draw_weights, shares
+    from serving.estimation.estimate_inputs import hardware_of, model_of
     from serving.expert_load import read_recorded_load
     from serving.expert_traffic import compare_traffic, default_slots
     from serving.expert_traffic_report import as_json, heading, table
     from serving.published_load import read_published_load
 
-    shape = _part("model", model, ModelConfig.from_dict)
-    machine = _part("hardware", hardware, SupernodeSpec.from_dict)
+    shape, machine = model_of(model), hardware_of(hardware)
     if ep > machine.num_dies:
         raise ConfigError(f"--ep: {ep} exceeds the {machine.num_dies} dies of {machine.name}")
+    if load is not None and skew != 1.0:
+        raise ConfigError(f"--skew: {skew:g} is of the generator, recorded load has its own")
     rng = np.random.default_rng(seed)
     if load is None:
         fitted = read_published_load().model
-        weights = draw_weights(fitted, num_layers=shape.num_moe_layers, num_experts=shape.n_routed_experts, rng=rng)
-        top_k, first_layer, source = shape.num_experts_per_tok, shape.first_k_dense_replace, f"generator, seed {seed}"
+        try:
+            skewed = LoadModel(
+                sigma_low=fitted.sigma_low * skew, sigma_high=fitted.sigma_high * skew, drift=fitted.drift
+            )
+        except UnfitRequest as error:
+            raise ConfigError(f"--skew: {skew}: {error}") from None
+        weights = draw_weights(skewed, num_layers=shape.num_moe_layers, num_experts=shape.n_routed_experts, rng=rng)
+        top_k, first_layer, source = (
+            shape.num_experts_per_tok,
+            shape.first_k_dense_replace,
+            (f"generator, seed {seed}, skew {skew:g}"),
+        )
         drift = fitted.drift if drift is None else drift
     else:
         recorded = read_recorded_load(str(load))
@@ -78,7 +96,10 @@ def expert_traffic(
     num_layers, num_experts = weights.shape
     if layer is not None and not first_layer <= layer < first_layer + num_layers:
         raise ConfigError(f"--layer: {layer} is not a mixture layer, {first_layer} to {first_layer + num_layers - 1}")
-    router_slots, shared_copies = default_slots(num_experts=num_experts, num_ranks=ep)
+    try:
+        router_slots, shared_copies = default_slots(shape, num_experts=num_experts, num_ranks=ep)
+    except ValueError as error:  # of fewer experts than a mixture needs
+        raise ConfigError(f"{source}: {error}") from None
     num_slots = router_slots if slots is None else slots
     if out is not None:
         make_writable(out)
@@ -111,6 +132,7 @@ def expert_traffic(
         "num_experts": num_experts,
         "top_k": top_k,
         "num_shared_copies": shared_copies,
+        "skew": skew if load is None else None,
         "drift": drift,
         "near": near,
         "seed": seed,
@@ -133,14 +155,3 @@ def expert_traffic(
         title += f"load: {drawn_from}, {name}"
         draw_expert_traffic(comparison, out / PICTURE_FILE, layer=chosen, first_layer=first_layer, title=title)
         typer.echo(f"wrote {out / PICTURE_FILE}")
-
-
-def _part(folder: str, name: str, parse: Callable[[dict[str, Any]], T]) -> T:
-    from serving.config_file import load_part
-
-    path = name if name.endswith((".yaml", ".yml")) else f"{folder}/{name}.yaml"
-    data = load_part(path)
-    try:
-        return parse(data)
-    except (ValueError, TypeError) as error:  # of the range checks; of a value of the wrong sort
-        raise ConfigError(f"{path}: {error}") from None

@@ -165,10 +165,10 @@ def fit(rows: Sequence[PublishedRow], constants: Mapping[str, Bounds], evaluate:
                 name=name,
                 bounds=constants[name],
                 value=float(values[index]),
-                standard_error=None if deviations[index] is None else float(deviations[index] * width[index]),
+                standard_error=None if deviation is None else float(deviation * width[index]),
                 groups=_groups(rows, np.abs(slopes[:, index]) > _VISIBLE * strongest),
             )
-            for index, name in enumerate(names)
+            for index, (name, deviation) in enumerate(zip(names, deviations, strict=True))
         ),
         singular_directions=tuple(
             {name: float(part) for name, part in zip(names, direction, strict=True) if abs(part) > _VISIBLE}
@@ -181,7 +181,7 @@ def fit(rows: Sequence[PublishedRow], constants: Mapping[str, Bounds], evaluate:
 
 def _uncertainty(
     slopes: NDArray[np.float64], errors: NDArray[np.float64]
-) -> tuple[list[Any], list[NDArray[np.float64]]]:
+) -> tuple[list[float | None], list[NDArray[np.float64]]]:
     """Standard deviation of each share, None if it is not determined; and the singular directions (unit vectors).
 
     slopes[row, constant] is the change of a relative error per range.
@@ -192,7 +192,7 @@ def _uncertainty(
     loose = [direction * np.sign(direction[np.abs(direction).argmax()]) for direction in directions[is_singular]]
     kept = directions[~is_singular] / singular[~is_singular, None]
     degrees = num_rows - num_constants
-    deviations: list[Any] = []
+    deviations: list[float | None] = []
     for index in range(num_constants):
         is_loose = any(abs(direction[index]) > _VISIBLE for direction in loose)
         variance = (kept[:, index] ** 2).sum() * (errors @ errors) / max(degrees, 1)

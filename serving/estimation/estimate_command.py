@@ -190,9 +190,12 @@ def transfer(
     scope: Annotated[
         Literal["inter", "intra", "package"], typer.Option(help="Between nodes, within one, or between an NPU's dies.")
     ] = "inter",
+    flows: Annotated[
+        int, typer.Option(help="Such transfers at once, from as many sources into one target, which they share.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """One transfer alone between two dies or hosts."""
+    """One transfer alone between two dies or hosts, or several into one: time of the last, bandwidth of each."""
     arguments = {
         "hardware": hardware,
         "plane": plane,
@@ -201,6 +204,7 @@ def transfer(
         "op": op,
         "num_bytes": num_bytes,
         "scope": scope,
+        "flows": flows,
     }
     _answer("transfer", arguments, as_json=as_json)
 

@@ -1,12 +1,13 @@
 """What a what-if question gives: a machine, a model, sizes and choices, checked before anything is computed.
 
-Owns: names and files of machines and models, the limits of numbers, the sum of what does not fit in HBM.
+Owns: names and files of machines and models, defaults, the limits of numbers, the sum of what does not fit in HBM.
 Must not know: how anything is timed, command lines.
 Source: the capacity of a die is its description's; what lies on it is counted by serving/die_memory.py.
 
 Everything raises ConfigError naming the field, its value and the limit.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -27,12 +28,14 @@ Hardware = str | Mapping[str, Any] | SupernodeSpec
 Switch = Literal["on", "off"]
 MOST = 10**15  # of any number, far above what is meaningful: squares and cubes of it are still ordinary floats
 GIB = 2**30
+_FILES = (".yaml", ".yml", ".json")
 
 
 def hardware_of(hardware: Hardware) -> SupernodeSpec:
     """A machine by its shipped name or its YAML file, or from the contents of one."""
     if isinstance(hardware, str):
-        return _named_hardware(hardware)
+        read = _read_hardware if hardware.endswith(_FILES) else _shipped_hardware
+        return read(hardware)
     if isinstance(hardware, SupernodeSpec):
         return hardware
     try:
@@ -43,7 +46,8 @@ def hardware_of(hardware: Hardware) -> SupernodeSpec:
 
 def model_of(model: str) -> ModelConfig:
     """A model by its shipped name or its YAML or JSON file."""
-    return _named_model(model)
+    read = _read_model if model.endswith(_FILES) else _shipped_model
+    return read(model)
 
 
 def layout_of(shape: ModelConfig, ep: int) -> ExpertDeployment:
@@ -52,6 +56,12 @@ def layout_of(shape: ModelConfig, ep: int) -> ExpertDeployment:
         return ExpertDeployment.published(shape, ep=ep)
     except ValueError as error:
         raise ConfigError(f"ep: {error}") from None
+
+
+def defaults_of(question: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments of an estimate that have a default, with it."""
+    parameters = inspect.signature(question).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
 def check_counts(least: int, **values: int | None) -> None:
@@ -138,16 +148,19 @@ def check_instance_fits(
     )
 
 
-@lru_cache(maxsize=8)
-def _named_hardware(name: str) -> SupernodeSpec:
+def _read_hardware(name: str) -> SupernodeSpec:
     spec: SupernodeSpec = _part(name, "hardware", _machine)
     return spec
 
 
-@lru_cache(maxsize=8)
-def _named_model(name: str) -> ModelConfig:
+def _read_model(name: str) -> ModelConfig:
     shape: ModelConfig = _part(name, "model", ModelConfig.from_dict)
     return shape
+
+
+# Shipped names only: a user's file may change between two questions.
+_shipped_hardware = lru_cache(maxsize=8)(_read_hardware)
+_shipped_model = lru_cache(maxsize=8)(_read_model)
 
 
 def _machine(raw: Mapping[str, Any]) -> SupernodeSpec:
@@ -158,7 +171,7 @@ def _machine(raw: Mapping[str, Any]) -> SupernodeSpec:
 
 
 def _part(name: str, folder: str, parse: Callable[[dict[str, Any]], Any]) -> Any:
-    path = name if name.endswith((".yaml", ".yml", ".json")) else f"{folder}/{name}.yaml"
+    path = name if name.endswith(_FILES) else f"{folder}/{name}.yaml"
     if path != name:
         files = resources.files("configs").joinpath(folder).iterdir()
         known = sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.errors import ConfigError
-from serving.estimation.published import ROLES, PublishedRow, Role
+from serving.estimation.published import ROLES, PublishedRow, RowRole
 
 Estimate = Callable[..., Mapping[str, Any]]
 Hardware = str | Mapping[str, Any]  # a name, or a description as a configs/hardware/*.yaml file holds it
 
-MEDIAN_BARS: Mapping[Role, float] = {"calibration": 0.02, "validation": 0.04}
-WORST_BARS: Mapping[Role, float] = {"calibration": 0.06, "validation": 0.10}
+MEDIAN_BARS: Mapping[RowRole, float] = {"calibration": 0.02, "validation": 0.04}
+WORST_BARS: Mapping[RowRole, float] = {"calibration": 0.06, "validation": 0.10}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ class ErrorSummary:
 class Bar:
     """One limit on the errors of a role, and what they are. `statistic` is median or worst."""
 
-    role: Role
+    role: RowRole
     statistic: str
     limit: float
     value: float
@@ -90,8 +90,8 @@ class Bar:
 class Summary:
     """Errors by group and role, by role, and the bars of the roles that have rows."""
 
-    by_group: Mapping[str, Mapping[Role, ErrorSummary]]
-    by_role: Mapping[Role, ErrorSummary]
+    by_group: Mapping[str, Mapping[RowRole, ErrorSummary]]
+    by_role: Mapping[RowRole, ErrorSummary]
     bars: tuple[Bar, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -174,8 +174,8 @@ def summarize(rows: Sequence[EvaluatedRow]) -> Summary:
     )
 
 
-def _by_role(rows: Sequence[EvaluatedRow]) -> dict[Role, ErrorSummary]:
-    summaries: dict[Role, ErrorSummary] = {}
+def _by_role(rows: Sequence[EvaluatedRow]) -> dict[RowRole, ErrorSummary]:
+    summaries: dict[RowRole, ErrorSummary] = {}
     for role in ROLES:
         errors = [(abs(row.error), row.row) for row in rows if row.row.role == role]
         if errors:

@@ -1,14 +1,15 @@
 """What-if questions to the fabric, to model loading and to the switches, answered with JSON-ready dictionaries.
 
 Owns: the units and keys of the answers, the words of a user (npu, cpu), and what is said about an answer's reach.
-Must not know: command lines, formulas (devices/transfer.py, devices/model_loading.py, devices/switches.py).
+Must not know: command lines, formulas (devices/transfer.py, devices/model_loading.py, devices/switches.py), who sends
+to whom when several do (serving/estimation/incast.py).
 Source: arXiv 2506.12708v2, tables 1, 2 and 11, for what counts as published.
 
 Every answer has its own `coverage` (serving/estimation/coverage.py), since what bounds it is not the sizes of the rows:
 a bulk bandwidth holds for more bytes too. Arguments that make no sense raise ConfigError.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from devices.model_loading import ModelCache, load_model_time
 from devices.spec import LATENCY_MESSAGE_BYTES, Op, Pair, PlaneName, SupernodeSpec
@@ -17,6 +18,7 @@ from devices.transfer import TransferScope, plane_paths, transfer_time
 from serving.errors import ConfigError
 from serving.estimation.coverage import Coverage, compare_machine
 from serving.estimation.estimate_inputs import Hardware, check_choice, check_counts, check_size, hardware_of
+from serving.estimation.incast import End, incast_seconds
 
 PUBLISHED_MACHINE = "cloudmatrix384"  # `name` in configs/hardware/cloudmatrix384.yaml
 ASSUMED_LATENCY_SHARE = 0.01  # of a transfer's time: published bandwidths have three digits, so less does not show
@@ -24,7 +26,6 @@ PUBLISHED_MODEL_BYTES = 671e9  # arXiv 2506.12708v2, table 2: DeepSeek 671B in I
 PUBLISHED_LOADS = 8  # arXiv 2506.12708v2, table 2: instances, and models
 PUBLISHED_NPUS = (192, 384)  # arXiv 2506.12708v2, table 11: smallest and largest supernode
 
-End = Literal["npu", "cpu"]
 _PAIRS: dict[int, Pair] = {0: "npu_npu", 1: "npu_host", 2: "host_host"}  # by the number of CPUs at the ends
 _PAIR_WORDS: dict[Pair, str] = {"npu_npu": "npu-npu", "npu_host": "npu-cpu", "host_host": "cpu-cpu"}
 
@@ -38,9 +39,12 @@ def estimate_transfer(
     op: Op = "read",
     num_bytes: int,
     scope: TransferScope = "inter",
+    flows: int = 1,
 ) -> dict[str, Any]:
-    """One transfer alone between two dies or hosts. Keys: time_us, bandwidth_gb_per_s, coverage.
+    """One transfer alone between two dies or hosts, or `flows` equal ones into one.
 
+    Keys: time_us, bandwidth_gb_per_s, coverage. Several flows start at once from as many sources and share links
+    max-min fairly; time_us is then that of the last, and bandwidth_gb_per_s that of each over this time.
     `source` and `target` are "npu" or "cpu", in any order; `scope` is "inter" or "intra" nodes, or within a "package".
     """
     spec = hardware_of(hardware)
@@ -50,20 +54,37 @@ def estimate_transfer(
     check_choice("op", op, get_args(Op))
     check_choice("scope", scope, get_args(TransferScope))
     check_counts(0, num_bytes=num_bytes)
+    check_counts(1, flows=flows)
     pair = _PAIRS[(source, target).count("cpu")]
     paths = plane_paths(spec, plane)
     if (pair, op, scope) not in paths:
         known = ", ".join(f"{_PAIR_WORDS[pair]} {op} {scope}" for pair, op, scope in paths)
         raise ConfigError(f"plane {plane} of {spec.name} has no {_PAIR_WORDS[pair]} {op} {scope}; it has {known}")
-    time = transfer_time(spec, plane=plane, pair=pair, op=op, scope=scope, num_bytes=num_bytes)
+    alone = transfer_time(spec, plane=plane, pair=pair, op=op, scope=scope, num_bytes=num_bytes)
+    seconds = alone.seconds
+    if flows > 1:
+        shared_s = incast_seconds(
+            spec,
+            plane=plane,
+            source=source,
+            target=target,
+            op=op,
+            scope=scope,
+            num_bytes=num_bytes,
+            flows=flows,
+        )
+        seconds = max(seconds, shared_s)  # without bytes there is nothing to share, but a latency
     latency_s = paths[pair, op, scope].latency_ns * 1e-9
     coverage = _coverage_on(spec)
     if num_bytes < LATENCY_MESSAGE_BYTES:
         coverage.compare("num_bytes", num_bytes, LATENCY_MESSAGE_BYTES, LATENCY_MESSAGE_BYTES)
-    coverage.notes.append("one transfer alone; no contention and no cost of submitting it")
+    if flows == 1:
+        coverage.notes.append("one transfer alone; no contention and no cost of submitting it")
+    else:
+        coverage.leave("flows", "unpublished", f"flows {flows}: no published figure; ports are shared max-min fairly")
     if plane != "ub":
         told = f"the latency of {plane} is assumed ({latency_s * 1e6:g} us), not published"
-        if latency_s > ASSUMED_LATENCY_SHARE * time.seconds:
+        if latency_s > ASSUMED_LATENCY_SHARE * seconds:
             coverage.leave("plane", "unpublished", told)
         else:
             coverage.notes.append(told)
@@ -74,8 +95,8 @@ def estimate_transfer(
             f"a straight line joins the latency of {LATENCY_MESSAGE_BYTES} bytes and the bulk bandwidth"
         )
     return {
-        "time_us": time.seconds * 1e6,
-        "bandwidth_gb_per_s": time.bytes_per_s * 1e-9,
+        "time_us": seconds * 1e6,
+        "bandwidth_gb_per_s": num_bytes / seconds * 1e-9 if seconds > 0 else 0.0,
         "coverage": coverage.as_json(),
     }
 

@@ -12,10 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from devices.spec import FITTED_KEYS
 from serving.errors import ConfigError, shown
 from serving.estimation.calibration import Bounds, FittedConstant
 
-_KEYS = ("value", "low", "high", "rows")
 _ENTRY = re.compile(r"^(?P<indent> +)(?P<name>[A-Za-z_]\w*): *\{[^{}#]*\}(?P<rest> *(?:#.*)?)$")
 _IGNORED = re.compile(r"^\s*(?:#.*)?$")
 
@@ -29,10 +29,10 @@ def read_fitted(description: Mapping[str, Any]) -> dict[str, Bounds]:
     for name, entry in section.items():
         where = f"fitted.{name}"
         if not isinstance(entry, Mapping):
-            raise ConfigError(f"{where}: must be a mapping of {', '.join(_KEYS)}, got {shown(entry)}")
-        for key in [*entry, *_KEYS]:
-            if key not in _KEYS or key not in entry:
-                raise ConfigError(f"{where}.{key}: {'missing' if key in _KEYS else 'unknown key'}")
+            raise ConfigError(f"{where}: must be a mapping of {', '.join(FITTED_KEYS)}, got {shown(entry)}")
+        for key in [*entry, *FITTED_KEYS]:
+            if key not in FITTED_KEYS or key not in entry:
+                raise ConfigError(f"{where}.{key}: {'missing' if key in FITTED_KEYS else 'unknown key'}")
         for key in ("value", "low", "high"):
             if isinstance(entry[key], bool) or not isinstance(entry[key], int | float):
                 raise ConfigError(f"{where}.{key}: must be a number, got {shown(entry[key])}")

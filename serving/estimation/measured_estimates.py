@@ -3,7 +3,8 @@
 Owns: how measured operators answer, under the arguments and keys of the time model (serving/estimation/estimates.py,
 operator_estimates.py), and what is said about their reach. An NPU here is one GPU, with one die.
 Must not know: command lines, how steps are put together (devices/measured_step.py).
-Source: throughput = batch * tokens per step / step time; bytes of DeepEP's messages from its low-latency test.
+Source: throughput = batch * tokens per step / step time; peak rate and message bytes are the machine's
+description's (configs/hardware/), sizes the model's.
 
 Every function raises TableError (a ValueError) where the tables do not reach; nothing is extrapolated. ConfigError is
 for what no machine can do.
@@ -14,6 +15,7 @@ from typing import Any, get_args
 
 from devices.measured_step import BALANCE, Balance, MeasuredStep, decode_step, nodes_of, prefill_step
 from devices.measured_tables import MeasuredTables
+from model import work
 from serving.errors import ConfigError
 from serving.estimation.coverage import Coverage
 from serving.estimation.estimate_inputs import (
@@ -30,14 +32,7 @@ from serving.estimation.estimate_inputs import (
 
 __all__ = ["MEASURED", "measured_combine", "measured_decode", "measured_dispatch", "measured_gemm", "measured_prefill"]
 
-FP8_FLOPS_PER_S = 1979e12  # NVIDIA H100 and H200 SXM datasheets, dense FP8; BF16 is half
 MODEL = "deepseek-r1"  # whose shapes were measured
-HIDDEN = 7168  # DeepSeek-V3's config.json
-TOPK = 8  # DeepSeek-V3's config.json
-DISPATCH_MESSAGE_BYTES = (
-    HIDDEN + HIDDEN // 128 * 4 + 16
-)  # DeepEP tests/test_low_latency.py: FP8, a scale per 128, a header
-COMBINE_MESSAGE_BYTES = 2 * HIDDEN  # DeepEP tests/test_low_latency.py: BF16
 
 NOT_COUNTED = "not in the tables, hence not counted: norms, SwiGLU outside experts, top-k, sampling, launch gaps, host"
 SAME_NETWORK = "DeepEP across nodes: one measurement stands for H100 and H200, with balanced routing"
@@ -87,7 +82,7 @@ def measured_decode(
     notes = [NOT_COUNTED, SAME_NETWORK, _routing(balance), *([DOUBLED_BATCH] if mtp else [])]
     return {
         "tpot_ms": step.seconds * 1e3 / tokens_per_step,
-        **_throughput(batch_per_npu * tokens_per_step / step.seconds),
+        **_throughput(tables, batch_per_npu * tokens_per_step / step.seconds),
         "iteration_ms": step.seconds * 1e3,
         **_step_answer(step, notes),
     }
@@ -109,6 +104,16 @@ def measured_prefill(
     """
     check_counts(1, prompt_len=prompt_len, tokens_per_npu=tokens_per_npu, ep=ep)
     check_choice("balance", balance, get_args(Balance))
+    shape = model_of(MODEL)
+    check_instance_fits(
+        hardware_of(tables.gpu),
+        shape,
+        layout_of(shape, ep),
+        is_prefill=True,
+        step_tokens=tokens_per_npu,
+        cached_tokens=tokens_per_npu,  # attention is data parallel
+        has_mtp=False,
+    )
     step = prefill_step(
         tables,
         prompt_len=prompt_len,
@@ -120,7 +125,7 @@ def measured_prefill(
     notes = [NOT_COUNTED, SAME_NETWORK, _routing(balance), *([SLOW_EIGHT_NODES] if nodes_of(ep) > 4 else [])]
     return {
         "ttft_ms": step.seconds * 1e3,
-        **_throughput(tokens_per_npu / step.seconds),
+        **_throughput(tables, tokens_per_npu / step.seconds),
         **_step_answer(step, notes),
     }
 
@@ -138,7 +143,7 @@ def measured_gemm(tables: MeasuredTables, *, groups: int, m: int, n: int, k: int
     return {
         "time_us": seconds * 1e6,
         "tops": flops_per_s * 1e-12,
-        "utilization": flops_per_s / FP8_FLOPS_PER_S,
+        "utilization": flops_per_s / _fp8_flops_per_s(tables),
         "bandwidth_gb_per_s": groups * (m * k + n * k + 2 * m * n) / seconds * 1e-9,
         "coverage": _inside(notes),
     }
@@ -149,29 +154,37 @@ def measured_dispatch(tables: MeasuredTables, *, ep: int, tokens: int) -> dict[s
 
     Keys: latency_us, bandwidth_gb_per_s (bytes sent by one GPU), coverage.
     """
-    return _exchange(tables, "dispatch_low_latency", ep, tokens, DISPATCH_MESSAGE_BYTES)
+    scale_bytes = hardware_of(tables.gpu).rates.ep_scale_bytes
+    message_bytes = work.dispatch_message_bytes(model_of(MODEL), scale_bytes=scale_bytes)
+    return _exchange(tables, "dispatch_low_latency", ep, tokens, message_bytes)
 
 
 def measured_combine(tables: MeasuredTables, *, ep: int, tokens: int) -> dict[str, Any]:
     """DeepEP's low-latency combine, the way back in BF16, with the same keys."""
-    return _exchange(tables, "combine_low_latency", ep, tokens, COMBINE_MESSAGE_BYTES)
+    return _exchange(tables, "combine_low_latency", ep, tokens, work.combine_message_bytes(model_of(MODEL)))
 
 
 def _exchange(tables: MeasuredTables, operator: str, ep: int, tokens: int, message_bytes: int) -> dict[str, Any]:
     check_counts(1, ep=ep, tokens=tokens)
-    seconds = tables.seconds(operator, nodes=nodes_of(ep), tokens=tokens, experts=256)
+    shape = model_of(MODEL)
+    seconds = tables.seconds(operator, nodes=nodes_of(ep), tokens=tokens, experts=shape.n_routed_experts)
     return {
         "latency_us": seconds * 1e6,
-        "bandwidth_gb_per_s": tokens * TOPK * message_bytes / seconds * 1e-9,
+        "bandwidth_gb_per_s": tokens * shape.num_experts_per_tok * message_bytes / seconds * 1e-9,
         "coverage": _inside([SAME_NETWORK]),
     }
 
 
-def _throughput(tokens_per_s: float) -> dict[str, float]:
+def _throughput(tables: MeasuredTables, tokens_per_s: float) -> dict[str, float]:
     return {
         "tokens_per_s_per_npu": tokens_per_s,
-        "tokens_per_s_per_tflops": tokens_per_s / (FP8_FLOPS_PER_S / 1e12),
+        "tokens_per_s_per_tflops": tokens_per_s / (_fp8_flops_per_s(tables) / 1e12),
     }
+
+
+def _fp8_flops_per_s(tables: MeasuredTables) -> float:
+    npu = hardware_of(tables.gpu).npu
+    return npu.num_dies * npu.die.int8_flops_per_s
 
 
 def _step_answer(step: MeasuredStep, notes: list[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.estimation.evaluation import EvaluatedRow
-from serving.estimation.published import Role
+from serving.estimation.published import RowRole
 
 _BAND = 0.10  # the bar of a single validation row, drawn in both panels
 _WIDEST_ERROR = 0.30  # beyond it a marker sits at the edge, its error in figures
@@ -17,8 +17,8 @@ _LINES_PER_COLUMN = 56  # of the panel of errors
 _LINE_INCHES = 0.165
 _SCATTER_INCHES = 9.0
 _PALETTES = (("tab10", 10), ("Dark2", 8))  # none of their colors is too light for a hollow marker
-_MARKERS: Mapping[Role, str] = {"calibration": "o", "validation": "o", "input": "s", "comparison": "^"}
-_SIZES: Mapping[Role, float] = {"calibration": 6.0, "validation": 6.5, "input": 4.5, "comparison": 5.5}
+_MARKERS: Mapping[RowRole, str] = {"calibration": "o", "validation": "o", "input": "s", "comparison": "^"}
+_SIZES: Mapping[RowRole, float] = {"calibration": 6.0, "validation": 6.5, "input": 4.5, "comparison": 5.5}
 
 
 def draw_reproduction(rows: Sequence[EvaluatedRow], path: Path, *, title: str) -> None:
@@ -54,7 +54,7 @@ def draw_reproduction(rows: Sequence[EvaluatedRow], path: Path, *, title: str) -
     plt.close(figure)
 
 
-def _style(role: Role, color: Any) -> dict[str, Any]:
+def _style(role: RowRole, color: Any) -> dict[str, Any]:
     return {
         "marker": _MARKERS[role],
         "markersize": _SIZES[role],

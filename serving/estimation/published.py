@@ -15,8 +15,8 @@ from serving.config import Section
 from serving.config_file import load_part
 from serving.errors import ConfigError, shown
 
-Role = Literal["calibration", "validation", "input", "comparison"]
-ROLES: tuple[Role, ...] = get_args(Role)
+RowRole = Literal["calibration", "validation", "input", "comparison"]
+ROLES: tuple[RowRole, ...] = get_args(RowRole)
 Scalar = bool | int | float | str | None
 Word = Annotated[str, Field(min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -44,7 +44,7 @@ class PublishedRow(Section):
     quantity: Word
     unit: Word
     published: Number
-    role: Role
+    role: RowRole
     source: Word
     note: Word | None = None
     hardware: Word | None = None  # None: the file's
@@ -82,7 +82,7 @@ class PublishedRows(Section):
             raise ConfigError(f"--group: {group!r}, there are {', '.join(self.groups)}")
         return self.model_copy(update={"rows": tuple(row for row in self.rows if row.group == group)})
 
-    def of_role(self, role: Role) -> tuple[PublishedRow, ...]:
+    def of_role(self, role: RowRole) -> tuple[PublishedRow, ...]:
         """The rows of one role."""
         return tuple(row for row in self.rows if row.role == role)
 
@@ -90,13 +90,17 @@ class PublishedRows(Section):
 def published_of(hardware: str) -> str:
     """The part with the rows about a device, such as published/cloudmatrix384.yaml. Raises ConfigError if none is."""
     path = f"published/{hardware}.yaml"
-    if not resources.files("configs").joinpath(path).is_file():
-        files = sorted(file.name for file in resources.files("configs").joinpath("published").iterdir())
-        known = ", ".join(name.removesuffix(".yaml") for name in files)
+    if hardware not in _names("published") or hardware not in _names("hardware"):
+        known = ", ".join(device for device in _names("published") if device in _names("hardware"))
         raise ConfigError(
             f"--hardware: no published rows about {hardware!r}, only about {known}; give --published FILE"
         )
     return path
+
+
+def _names(folder: str) -> list[str]:
+    files = resources.files("configs").joinpath(folder).iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
 def load_published(path: str) -> PublishedRows:

@@ -8,7 +8,6 @@ Arguments are looked at one by one: a number lies between the smallest and the l
 published. So a combination may be new although none of its arguments is.
 """
 
-import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +15,7 @@ from importlib import resources
 from typing import Any, TypeGuard
 
 from serving.estimation.coverage import Coverage
-from serving.estimation.estimate_inputs import model_of
+from serving.estimation.estimate_inputs import defaults_of, model_of
 from serving.estimation.estimates import ESTIMATES
 from serving.estimation.published import PublishedRow, Scalar, load_published
 
@@ -48,15 +47,16 @@ class PublishedRange:
 
 def compare_arguments(coverage: Coverage, name: str, arguments: Mapping[str, Any], *, hardware: str) -> None:
     """Hold all arguments of an estimate against the rows about the device `hardware`."""
-    if arguments.get("pool_plane") == "none" and arguments.get("reuse"):
-        coverage.notes.append(f"pool_plane none: nothing is reused, reuse {arguments['reuse']:g} has no effect")
+    note_unused_reuse(coverage, arguments)
     published = published_ranges(hardware).get(name)
     if published is None:
         coverage.leave("hardware", "unpublished", f"hardware {hardware}: no published figures of {name}")
         return
     for argument, value in _that_matter(name, arguments).items():
-        seen = published.seen[argument]
-        if _is_number(value) and seen.low is not None and seen.high is not None:
+        seen = published.seen.get(argument)  # None: it matters in no row about the device
+        if seen is None:
+            coverage.leave(argument, "unpublished", f"{argument} {value}: no published figure")
+        elif _is_number(value) and seen.low is not None and seen.high is not None:
             coverage.compare(argument, value, seen.low, seen.high)
         elif value not in seen.others:
             coverage.leave(argument, "unpublished", f"{argument} {value}: no published figure")
@@ -64,6 +64,24 @@ def compare_arguments(coverage: Coverage, name: str, arguments: Mapping[str, Any
         coverage.notes.append(f"published figures of {hardware} leave settings open, and none was fitted")
     if name == "attention":
         coverage.notes.append("the published utilizations do not say for how many requests, nor how long they are")
+
+
+def note_unused_reuse(coverage: Coverage, arguments: Mapping[str, Any]) -> None:
+    """Say it where a prompt's reuse has no effect."""
+    if arguments.get("pool_plane") == "none" and arguments.get("reuse"):
+        coverage.notes.append(f"pool_plane none: nothing is reused, reuse {arguments['reuse']:g} has no effect")
+
+
+def without_effect(name: str, arguments: Mapping[str, Any]) -> set[str]:
+    """Arguments that cannot change the answer, given the others."""
+    without: set[str] = set()
+    if name == "decode":
+        without |= {"attention_aic"} if arguments["microbatch"] == "off" else set()
+        without |= {"mtp_pipelined"} if not arguments["mtp"] else set()
+    if name == "prefill":
+        without |= {"reuse"} if arguments["pool_plane"] == "none" else set()
+        without |= {"pool_plane"} if not arguments["reuse"] or arguments["pool_plane"] == "none" else set()
+    return without
 
 
 def compare_model(coverage: Coverage, arguments: Mapping[str, Any]) -> None:
@@ -89,7 +107,7 @@ def published_ranges(hardware: str) -> Mapping[str, PublishedRange]:
             fitted.add(name)
         for changed in ({}, row.ours.minus, row.ours.over):
             if changed is not None:
-                arguments = {**_defaults(name), **row.ours.arguments, **changed}
+                arguments = {**defaults_of(ESTIMATES[name]), **row.ours.arguments, **changed}
                 for argument, value in _that_matter(name, arguments).items():
                     values.setdefault(name, {}).setdefault(argument, set()).add(value)
     return {
@@ -102,13 +120,7 @@ def published_ranges(hardware: str) -> Mapping[str, PublishedRange]:
 
 def _that_matter(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Without machine and model, which are compared as a whole, and without what cannot change the answer."""
-    without = {"hardware", "model", *_FREE.get(name, ())}
-    if name == "decode":
-        without |= {"attention_aic"} if arguments["microbatch"] == "off" else set()
-        without |= {"mtp_pipelined"} if not arguments["mtp"] else set()
-    if name == "prefill":
-        without |= {"reuse"} if arguments["pool_plane"] == "none" else set()
-        without |= {"pool_plane"} if not arguments["reuse"] or arguments["pool_plane"] == "none" else set()
+    without = {"hardware", "model", *_FREE.get(name, ()), *without_effect(name, arguments)}
     return {argument: value for argument, value in arguments.items() if argument not in without}
 
 
@@ -117,11 +129,6 @@ def _rows_about(hardware: str) -> Iterator[PublishedRow]:
         if file.name.endswith(".yaml"):
             told = load_published(f"published/{file.name}")
             yield from (row for row in told.rows if (row.hardware or told.hardware) == hardware)
-
-
-def _defaults(name: str) -> dict[str, Any]:
-    parameters = inspect.signature(ESTIMATES[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
 def _seen(values: set[Scalar]) -> Seen:

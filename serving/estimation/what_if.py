@@ -18,10 +18,15 @@ from devices.measured_tables import Gpu, MeasuredTables
 from devices.table_files import GPUS_PER_NODE
 from serving.errors import ConfigError, shown
 from serving.estimation.coverage import Coverage, compare_machine
-from serving.estimation.estimate_inputs import hardware_of
-from serving.estimation.estimates import ESTIMATES, Answer
+from serving.estimation.estimate_inputs import check_choice, check_shares, defaults_of, hardware_of
+from serving.estimation.estimates import ESTIMATES, Answer, PoolPlane
 from serving.estimation.measured_estimates import MEASURED
-from serving.estimation.published_coverage import compare_arguments, compare_model
+from serving.estimation.published_coverage import (
+    compare_arguments,
+    compare_model,
+    note_unused_reuse,
+    without_effect,
+)
 
 PACKAGE = "package"  # in place of a folder of tables: the installed aiconfigurator-core
 
@@ -38,7 +43,12 @@ def estimate(name: str, *, tables: str | None = None, **arguments: Any) -> Answe
     given = complete_arguments(name, arguments)
     if tables is not None:
         return _measured(name, given, tables)
-    answer = ESTIMATES[name](**given)
+    try:
+        answer = ESTIMATES[name](**given)
+    except ConfigError:
+        raise
+    except ValueError as error:  # of a machine that cannot do it, from devices/
+        raise ConfigError(str(error)) from None
     if "coverage" not in answer:
         coverage, machine = Coverage(), hardware_of(given["hardware"])
         compare_machine(coverage, machine)
@@ -54,7 +64,7 @@ def complete_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any
     unknown = [argument for argument in arguments if argument not in known]
     if unknown:
         raise ConfigError(f"{name}: no argument {unknown[0]}, it takes {', '.join(known)}")
-    complete = _defaults(ESTIMATES[name]) | dict(arguments)
+    complete = defaults_of(ESTIMATES[name]) | dict(arguments)
     missing = [argument for argument in known if argument not in complete]
     if missing:
         raise ConfigError(f"{name}: {missing[0]} is not given")
@@ -67,13 +77,17 @@ def _measured(name: str, given: Mapping[str, Any], tables: str) -> Answer:
     gpu = given["hardware"]
     if gpu not in get_args(Gpu):
         raise ConfigError(f"tables: hardware {shown(gpu)} was not measured, only {', '.join(get_args(Gpu))}")
+    if name == "prefill":
+        check_shares(reuse=given["reuse"])
+        check_choice("pool_plane", given["pool_plane"], get_args(PoolPlane))
     takes = inspect.signature(MEASURED[name]).parameters
-    for argument, default in _defaults(ESTIMATES[name]).items():
-        if argument not in takes and argument != "hardware" and given[argument] != default:
+    not_asked = {"hardware", *takes, *without_effect(name, given)}
+    for argument, default in defaults_of(ESTIMATES[name]).items():
+        if argument not in not_asked and given[argument] != default:
             raise ConfigError(f"{argument}: {shown(given[argument])} was not measured; with tables it is {default}")
     try:
         read = MeasuredTables.from_package if tables == PACKAGE else _from_directory(tables)
-        return MEASURED[name](read(gpu=gpu), **{argument: given[argument] for argument in given if argument in takes})
+        answer = MEASURED[name](read(gpu=gpu), **{argument: given[argument] for argument in given if argument in takes})
     except ConfigError:
         raise
     except OutOfGrid as error:
@@ -83,12 +97,11 @@ def _measured(name: str, given: Mapping[str, Any], tables: str) -> Answer:
         raise ConfigError(f"ep: {given['ep']} is outside the measured {low:g} to {high:g} of {gpu}") from None
     except ValueError as error:  # TableError, and degrees that are no whole nodes
         raise ConfigError(f"{name} on {gpu}: {error}") from None
+    coverage = Coverage()
+    note_unused_reuse(coverage, given)
+    answer["coverage"]["notes"] += coverage.notes
+    return answer
 
 
 def _from_directory(tables: str) -> Callable[..., MeasuredTables]:
     return lambda *, gpu: MeasuredTables.from_directory(tables, gpu=gpu)
-
-
-def _defaults(function: Callable[..., Answer]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}

@@ -50,13 +50,17 @@ def compare():
         (256, 32, (288, 0)),  # arXiv 2506.12708v2 section 5.1: 8 router experts and a redundant one per die
         (256, 320, (288, 32)),  # the same: 256 router, 32 redundant, 32 shared
         (256, 36, (288, 0)),  # TensorRT-LLM tech blog 4: 8 slots on 36 ranks
+        (256, 144, (288, 0)),  # open-infra-index, day 6: 2 routed experts per GPU, 32 of them redundant
+        (256, 72, (288, 0)),  # SGLang's blog on large-scale expert parallelism (2025-05-05)
         (256, 256, (512, 0)),
         (256, 257, (257, 0)),
         (16, 8, (24, 0)),
+        (2, 1, (2, 0)),  # one rank has nobody to balance with
     ],
 )
 def test_the_slots_of_the_published_deployments(num_experts, num_ranks, slots):
-    assert default_slots(num_experts=num_experts, num_ranks=num_ranks) == slots
+    model = ModelConfig.from_dict(load_part("model/deepseek-r1.yaml"))
+    assert default_slots(model, num_experts=num_experts, num_ranks=num_ranks) == slots
 
 
 @pytest.mark.parametrize("near", [False, True])

@@ -84,6 +84,33 @@ def test_recorded_counts_have_their_own_shape(supernode, recorded, wrap):
     assert float(hottest.split()[4].rstrip("|")) == pytest.approx(2.15, rel=0.03)
 
 
+def test_the_skew_of_the_generator_is_told_and_matters(supernode, tmp_path):
+    """0.197: expert_load_skew of cloudmatrix384, which estimates use."""
+    hottest = {}
+    for skew in ("0", "0.197", "1"):
+        code, out, err = supernode("--tokens", 64, "--skew", skew, "--drift", 0, "--json", tmp_path / "t.json")
+        assert (code, err) == (0, "")
+        assert out.splitlines()[1] == f"load: generator, seed 0, skew {skew}; drift 0"
+        values = json.loads((tmp_path / "t.json").read_text())
+        assert values["skew"] == float(skew)
+        hottest[skew] = np.mean(values["eplb_off"]["rank_imbalance"])
+    assert hottest["0"] < hottest["0.197"] < hottest["1"]
+    assert hottest["0"] < 1.1  # chance alone
+    assert supernode("--tokens", 64, "--drift", 0) == supernode("--tokens", 64, "--drift", 0, "--skew", 1)
+
+
+def test_recorded_load_has_its_own_skew(supernode, recorded):
+    told = (2, "", "error: --skew: 0.5 is of the generator, recorded load has its own\n")
+    assert supernode("--load", recorded, "--ep", 4, "--skew", 0.5) == told
+
+
+def test_one_expert_is_no_mixture(supernode, recorded):
+    recorded.write_text(json.dumps({**RECORDED, "top_k": 1, "num_experts": 1, "total": [[5], [5]]}))
+    code, out, err = supernode("--load", recorded, "--ep", 4)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {recorded}: ")
+
+
 def test_a_run_without_counts_is_refused_and_a_file_without_top_k(supernode, recorded):
     recorded.write_text(json.dumps({"completed": 3, KEY: None}))
     assert supernode("--load", recorded) == (
@@ -106,8 +133,9 @@ def test_a_run_without_counts_is_refused_and_a_file_without_top_k(supernode, rec
         (("--layer", "2"), ("--layer: 2", "3 to 60")),
         (("--layer", "61"), ("--layer: 61", "3 to 60")),
         (("--drift", "11"), ("--drift 11", "[0, 10]")),
-        (("--model", "nope"), ("no part 'model/nope.yaml'",)),
-        (("--hardware", "nope.yaml"), ("no part 'nope.yaml'",)),
+        (("--model", "nope"), ("model: 'nope' is not shipped, only deepseek-r1, mini-r1",)),
+        (("--hardware", "nope.yaml"), ("hardware: no part 'nope.yaml'",)),
+        (("--hardware", "nope"), ("hardware: 'nope' is not shipped, only cloudmatrix384",)),
         (("--load", "nope.json"), ("nope.json: No such file",)),
     ],
 )

@@ -1,8 +1,11 @@
 """What is said about the reach of an answer: inside what was published, or extrapolated and in which direction."""
 
 import copy
+import itertools
+from importlib import resources
 
 import pytest
+import yaml
 
 from serving.config_file import load_part
 from serving.errors import ConfigError
@@ -126,6 +129,52 @@ def test_what_does_not_matter_raises_no_alarm(name, arguments):
     assert coverage_of(name, **arguments)["inside"]
 
 
+SHIPPED = sorted(
+    file.name.removesuffix(".yaml")
+    for file in resources.files("configs").joinpath("hardware").iterdir()
+    if file.name.endswith(".yaml")
+)
+
+
+@pytest.mark.parametrize("hardware", SHIPPED)
+def test_every_shipped_machine_answers_or_says_why_not(hardware):
+    """In place of an exception about an argument that matters in no row about it."""
+    questions = [
+        ("decode", {"mtp": mtp, "mtp_pipelined": pipelined, "microbatch": microbatch, "attention_aic": aic, "ep": 128})
+        for mtp, pipelined, microbatch, aic in itertools.product((0, 1), ("on", "off"), ("on", "off"), (None, 12))
+    ]
+    questions += [
+        ("prefill", {"reuse": reuse, "pool_plane": plane})
+        for reuse, plane in itertools.product((0.0, 0.5), ("ub", "vpc", "none"))
+    ]
+    answered = set()
+    for name, arguments in questions:
+        try:
+            estimate(name, hardware=hardware, **arguments)
+        except ConfigError:
+            continue
+        answered.add(name)
+    assert answered == {"decode", "prefill"}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "extrapolated", "note"),
+    [
+        ("decode", {"mtp": 1, "ep": 128}, {"mtp": "above", "mtp_pipelined": "unpublished"}, "mtp_pipelined on"),
+        (
+            "prefill",
+            {"reuse": 0.5, "pool_plane": "vpc"},
+            {"reuse": "above", "pool_plane": "unpublished"},
+            "pool_plane vpc",
+        ),
+    ],
+)
+def test_an_argument_that_matters_in_no_row_is_unpublished(name, arguments, extrapolated, note):
+    told = coverage_of(name, hardware="h800", **arguments)
+    assert told["extrapolated"] | extrapolated == told["extrapolated"]
+    assert f"{note}: no published figure" in told["notes"]
+
+
 def test_reuse_without_a_pool_is_said_to_have_no_effect():
     told = coverage_of("prefill", reuse=0.95, pool_plane="none")
     assert told == {
@@ -165,6 +214,22 @@ def test_a_changed_machine_is_not_the_published_one(description):
         assert told["notes"][0] == (
             "hardware cloudmatrix384: npu, fitted not as shipped, which the published figures are of"
         )
+
+
+def test_a_file_may_change_between_two_questions(description, tmp_path):
+    path = tmp_path / "mine.yaml"
+    utilizations = []
+    for share in (0.9, 0.6):
+        description["fitted"]["gemm_utilization"]["value"] = share
+        path.write_text(yaml.safe_dump(description))
+        utilizations.append(estimate("gemm", hardware=str(path), **GEMM)["utilization"])
+    assert utilizations[1] < 0.8 * utilizations[0]
+    model = tmp_path / "model.yaml"
+    rates = []
+    for experts in (8, 4):
+        model.write_text(yaml.safe_dump(load_part("model/deepseek-r1.yaml") | {"num_experts_per_tok": experts}))
+        rates.append(estimate("dispatch", model=str(model))["latency_us"])
+    assert rates[1] < 0.8 * rates[0]
 
 
 def test_a_range_is_that_of_a_devices_own_rows(published_row, monkeypatch):

@@ -53,15 +53,14 @@ def test_table_3(balance, tokens_per_s):
 
 
 def test_tables_7_and_10():
-    """arXiv 2506.12708v2: the payload of table 7 is latency times bandwidth; the bytes of table 10 are naive."""
+    """arXiv 2506.12708v2: the payload of table 7 is latency times bandwidth; table 10 counts naive bytes."""
     for exchange, megabytes in ((dispatch, 8.2), (combine, 15.4)):
         ours = exchange(ep=64, tokens=128)
         assert ours["latency_us"] * ours["bandwidth_gb_per_s"] * 1e-3 == pytest.approx(megabytes, rel=0.02)
     ours = gemm(groups=4, m=7168, n=4096, k=4096)
     assert ours["utilization"] == pytest.approx(0.794, rel=0.02)
-    assert ours["tops"] == pytest.approx(752 * ours["utilization"])
-    num_bytes = 4 * (7168 * 4096 + 4096 * 4096 + 2 * 7168 * 4096)
-    assert ours["bandwidth_gb_per_s"] == pytest.approx(num_bytes / ours["time_us"] * 1e-3)
+    assert ours["bandwidth_gb_per_s"] == pytest.approx(260, rel=0.02)
+    assert ours["tops"] == pytest.approx(597, rel=0.02)  # 79.4 % of the 752 TOPS of a die
 
 
 @quick

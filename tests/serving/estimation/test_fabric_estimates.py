@@ -104,6 +104,73 @@ def test_a_transfer_that_there_is_not(hardware, arguments, message):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "port_gb_per_s", "alone_gb_per_s", "latency_us"),
+    [  # arXiv 2506.12708v2: section 3.2 and 3.3 for ports, table 1 for one transfer
+        ({"target": "npu"}, 196, 164, 1.9),
+        ({"target": "npu", "scope": "intra", "op": "write"}, 196, 137, 1.3),
+        ({"target": "cpu", "op": "write"}, 160, 107, 1.9),
+        ({"target": "npu", "plane": "rdma"}, 25, 25, 5),
+        ({"target": "cpu", "plane": "vpc"}, 50, 50, 30),
+    ],
+)
+def test_transfers_into_one_port_share_it(hardware, arguments, port_gb_per_s, alone_gb_per_s, latency_us):
+    """Each has an equal part of the port, but never more than it reaches alone."""
+
+    def estimate(flows):
+        return estimate_transfer(hardware=hardware, num_bytes=10**9, flows=flows, **arguments)
+
+    alone = estimate(1)
+    for flows in (2, 4, 8):
+        ours = estimate(flows)
+        share = min(port_gb_per_s / flows, alone_gb_per_s)
+        assert ours["time_us"] == pytest.approx(1e6 / share + latency_us, rel=1e-4)
+        assert ours["bandwidth_gb_per_s"] == pytest.approx(share, rel=3e-3)
+        assert ours["time_us"] > alone["time_us"]
+        assert ours["coverage"]["extrapolated"] == {"flows": "unpublished"}
+        assert not any("one transfer alone" in note for note in ours["coverage"]["notes"])
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 512, 10**6])
+def test_flows_never_end_before_one_alone(hardware, num_bytes):
+    times = [estimate_transfer(hardware=hardware, num_bytes=num_bytes, flows=flows)["time_us"] for flows in (1, 2, 700)]
+    assert times == sorted(times)
+    assert num_bytes or len(set(times)) == 1
+
+
+def test_all_sources_can_send(hardware):
+    """47 other nodes of 16 dies; 14 dies of other NPUs in a node, or all 16 into one of its 4 hosts."""
+    for arguments, most in (
+        ({"target": "npu", "scope": "inter"}, 752),
+        ({"target": "npu", "scope": "intra"}, 14),
+        ({"target": "cpu", "scope": "intra"}, 16),
+        ({"source": "cpu", "target": "npu", "scope": "intra"}, 4),
+    ):
+        ours = estimate_transfer(hardware=hardware, num_bytes=10**9, flows=most, **arguments)
+        port = 160 if arguments["target"] == "cpu" else 196
+        assert ours["bandwidth_gb_per_s"] * most == pytest.approx(port, rel=0.01)
+        with pytest.raises(ConfigError, match=f"flows: {most + 1}, cloudmatrix384 has {most} such sources"):
+            estimate_transfer(hardware=hardware, num_bytes=1, flows=most + 1, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"flows": 0}, "flows: 0 must be at least 1"),
+        ({"flows": 1.5}, "flows: 1.5 must be a whole number"),
+        ({"flows": 2, "target": "npu", "scope": "package"}, "flows: 2, cloudmatrix384 has 1 such sources"),
+        ({"flows": 2, "plane": "rdma"}, "plane rdma of cloudmatrix384 has no npu-cpu read inter"),
+        (
+            {"flows": 2, "hardware": "h100", "plane": "rdma", "target": "npu"},
+            "flows: 2, but ub_topology of h100 is missing",
+        ),
+    ],
+)
+def test_flows_that_cannot_be_timed(hardware, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        estimate_transfer(**{"hardware": hardware, "num_bytes": 512, **arguments})
+
+
+@pytest.mark.parametrize(
     ("cache", "cold_s", "warm_s", "copies", "hit_rate", "switch_s"),
     [("none", 2560, None, 0, 0, 320), ("local", 2560, 5, 8, 0.125, 281), ("ems", 320, 5, 1, 1, 5)],
 )  # arXiv 2506.12708v2, table 2

@@ -104,6 +104,14 @@ def test_a_file_that_is_not_there_and_a_device_without_rows():
         published_of("abacus")
 
 
+def test_rows_for_measured_tables_are_comparisons_and_no_device():
+    rows = load_published("published/measured_tables.yaml").rows
+    assert [row.published for row in rows] == [57674, 54543, 50302, 59337, 62713, 22282, 17373, 18598]
+    assert {row.role for row in rows} == {"comparison"}
+    with pytest.raises(ConfigError, match=r"no published rows about 'measured_tables', only about cloudmatrix384;"):
+        published_of("measured_tables")
+
+
 def test_one_group_can_be_picked(shipped):
     assert {row.group for row in shipped.of_group("gemm").rows} == {"gemm"}
     with pytest.raises(ConfigError, match=r"--group: 'gem', there are ub, .*gemm"):
