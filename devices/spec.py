@@ -181,6 +181,8 @@ class SupernodeSpec:
         for op in get_args(Op):
             if ("npu_npu", op, "inter") not in self.planes[self.rates.ep_plane].paths:
                 raise SpecError(f"rates.ep_plane: {self.rates.ep_plane} has no npu_npu.{op}.inter path")
+        if self.rates.decode_overlap == "cores" and min(self.npu.die.num_aic, self.npu.die.num_aiv) < 2:
+            raise SpecError("npu.die: two streams of decode need two cube and two vector cores")
         if self.rates.bulk_cores >= self.npu.die.num_aic:
             raise SpecError(f"rates.bulk_cores: {self.rates.bulk_cores} must leave cores of {self.npu.die.num_aic}")
         if self.ub_topology is not None and self.num_nodes > self.ub_topology.max_nodes:

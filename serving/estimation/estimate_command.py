@@ -21,6 +21,13 @@ Balance = Annotated[
     Literal["balanced", "eplb", "none"],
     typer.Option(help="Load of the experts: even, placed by EPLB with redundant experts, or as it comes."),
 ]
+Skew = Annotated[
+    float | None,
+    typer.Option(
+        help="Skew of the experts' load: 1 is that of the generator's data set; if not given, 1 in prefill and the "
+        "fitted share of it in decode, whose batches mix thousands of requests."
+    ),
+]
 Tables = Annotated[
     str | None,
     typer.Option(
@@ -43,6 +50,7 @@ def decode(
     acceptance: Annotated[float, typer.Option(help="Share of drafts that are accepted.")] = 0.7,
     microbatch: Microbatch = "on",
     balance: Balance = "eplb",
+    skew: Skew = None,
     attention_aic: Annotated[
         int | None, typer.Option(help="Cube cores of the attention stream; tuned if not given.", metavar="CORES")
     ] = None,
@@ -63,6 +71,7 @@ def decode(
         "acceptance": acceptance,
         "microbatch": microbatch,
         "balance": balance,
+        "skew": skew,
         "attention_aic": attention_aic,
         "mtp_pipelined": mtp_pipelined,
     }
@@ -78,6 +87,7 @@ def prefill(
     ep: Annotated[int, typer.Option(help="Dies of the instance; its experts are spread over all.")] = 32,
     microbatch: Microbatch = "on",
     balance: Balance = "eplb",
+    skew: Skew = None,
     reuse: Annotated[float, typer.Option(help="Share of a prompt that is read from the pool.")] = 0.0,
     pool_plane: Annotated[
         Literal["ub", "vpc", "none"], typer.Option(help="Plane to the pool; none: nothing is reused.")
@@ -94,6 +104,7 @@ def prefill(
         "ep": ep,
         "microbatch": microbatch,
         "balance": balance,
+        "skew": skew,
         "reuse": reuse,
         "pool_plane": pool_plane,
     }

@@ -47,7 +47,7 @@ class PublishedRange:
 
 def compare_arguments(coverage: Coverage, name: str, arguments: Mapping[str, Any], *, hardware: str) -> None:
     """Hold all arguments of an estimate against the rows about the device `hardware`."""
-    note_unused_reuse(coverage, arguments)
+    note_settings(coverage, name, arguments)
     published = published_ranges(hardware).get(name)
     if published is None:
         coverage.leave("hardware", "unpublished", f"hardware {hardware}: no published figures of {name}")
@@ -66,8 +66,13 @@ def compare_arguments(coverage: Coverage, name: str, arguments: Mapping[str, Any
         coverage.notes.append("the published utilizations do not say for how many requests, nor how long they are")
 
 
-def note_unused_reuse(coverage: Coverage, arguments: Mapping[str, Any]) -> None:
-    """Say it where a prompt's reuse has no effect."""
+def note_settings(coverage: Coverage, name: str, arguments: Mapping[str, Any]) -> None:
+    """Say it where a prompt's reuse has no effect, and for which load a decode step without balancing is charged."""
+    if name == "decode" and arguments["balance"] == "none" and arguments["skew"] is None:
+        coverage.notes.append(
+            "balance none: for a load as even as the published evaluation's; production loads are reported to be far "
+            "more skewed, and skew 1 is that of one translation set"
+        )
     if arguments.get("pool_plane") == "none" and arguments.get("reuse"):
         coverage.notes.append(f"pool_plane none: nothing is reused, reuse {arguments['reuse']:g} has no effect")
 
@@ -75,6 +80,8 @@ def note_unused_reuse(coverage: Coverage, arguments: Mapping[str, Any]) -> None:
 def without_effect(name: str, arguments: Mapping[str, Any]) -> set[str]:
     """Arguments that cannot change the answer, given the others."""
     without: set[str] = set()
+    if arguments.get("balance") == "balanced":
+        without |= {"skew"}
     if name == "decode":
         without |= {"attention_aic"} if arguments["microbatch"] == "off" else set()
         without |= {"mtp_pipelined"} if not arguments["mtp"] else set()

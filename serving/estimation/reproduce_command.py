@@ -18,6 +18,12 @@ Published = Annotated[
 ]
 
 
+def _check_picture(path: Path | None) -> Path | None:
+    if path is not None and path.suffix != ".png":
+        raise typer.BadParameter(f"{path} must end in .png.")
+    return check_writable(path)
+
+
 def reproduce(
     hardware: Hardware = "cloudmatrix384",
     group: Annotated[str | None, typer.Option(help="Only the rows of this group.")] = None,
@@ -25,7 +31,7 @@ def reproduce(
     json_file: Json = None,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Draw published against ours to this PNG.", dir_okay=False, callback=check_writable),
+        typer.Option(help="Draw published against ours to this PNG.", dir_okay=False, callback=_check_picture),
     ] = None,
 ) -> None:
     """Show every published figure beside ours, with the error and whether the model was fitted to it."""
@@ -40,7 +46,7 @@ def reproduce(
         told = told.of_group(group)
     rows = evaluate_rows(told.rows, ESTIMATES, hardware=told.hardware, description=hardware)
     summary = summarize(rows)
-    typer.echo(format_reproduction(rows, summary))
+    typer.echo(format_reproduction(rows, summary, has_bars=group is None))
     if json_file is not None:
         json_file.write_text(json.dumps(reproduction_as_json(rows, summary), indent=2) + "\n", encoding="utf-8")
     if picture is not None:

@@ -14,8 +14,11 @@ _HEADINGS = ("row", "quantity", "unit", "published", "ours", "error", "role")
 _NUM_TEXT_COLUMNS = 3  # the first columns are words, the next three numbers
 
 
-def format_reproduction(rows: Sequence[EvaluatedRow], summary: Summary) -> str:
-    """A table per group with the notes of its rows below it, then the errors by group and role, then the bars."""
+def format_reproduction(rows: Sequence[EvaluatedRow], summary: Summary, *, has_bars: bool = True) -> str:
+    """A table per group with the notes of its rows below it, then the errors by group and role, then the bars.
+
+    The bars are of all rows; a part of them has none.
+    """
     cells = [_HEADINGS, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADINGS))]
     lines: list[str] = []
@@ -25,18 +28,19 @@ def format_reproduction(rows: Sequence[EvaluatedRow], summary: Summary) -> str:
         lines += [_line(_cells(row), widths) for row in members]
         lines += [f"  ({row.row.row}, {row.row.quantity}: {row.row.note})" for row in members if row.row.note]
         lines.append("")
-    return "\n".join(lines + format_summary(summary))
+    return "\n".join(lines + format_summary(summary, has_bars=has_bars))
 
 
-def format_summary(summary: Summary) -> list[str]:
+def format_summary(summary: Summary, *, has_bars: bool = True) -> list[str]:
     """Lines: absolute errors by group and role, then by role, then what was asked of them."""
     lines = [f"{'absolute error of':<34}{'rows':>6}{'median':>10}{'worst':>10}  worst row"]
     groups = [(f"{group}, {role}", errors) for group, by in summary.by_group.items() for role, errors in by.items()]
     for name, errors in [*groups, *((f"all {role} rows", errors) for role, errors in summary.by_role.items())]:
         worst = f"{errors.worst_row.row}, {errors.worst_row.quantity}"
         lines.append(f"{name:<34}{errors.count:>6}{errors.median:>10.2%}{errors.worst:>10.2%}  {worst}")
-    lines.append("")
-    for bar in summary.bars:
+    if has_bars:
+        lines.append("")
+    for bar in summary.bars if has_bars else ():
         verdict = "pass" if bar.passed else "FAIL"
         lines.append(f"{verdict}  {bar.role}: {bar.statistic} error {bar.value:.2%}, at most {bar.limit:.0%}")
     return lines

@@ -24,7 +24,7 @@ from serving.estimation.measured_estimates import MEASURED
 from serving.estimation.published_coverage import (
     compare_arguments,
     compare_model,
-    note_unused_reuse,
+    note_settings,
     without_effect,
 )
 
@@ -97,9 +97,10 @@ def _measured(name: str, given: Mapping[str, Any], tables: str) -> Answer:
         raise ConfigError(f"ep: {given['ep']} is outside the measured {low:g} to {high:g} of {gpu}") from None
     except ValueError as error:  # TableError, and degrees that are no whole nodes
         raise ConfigError(f"{name} on {gpu}: {error}") from None
-    coverage = Coverage()
-    note_unused_reuse(coverage, given)
-    answer["coverage"]["notes"] += coverage.notes
+    if name == "prefill":
+        coverage = Coverage()
+        note_settings(coverage, name, given)
+        answer["coverage"]["notes"] += coverage.notes
     return answer
 
 

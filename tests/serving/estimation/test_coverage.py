@@ -104,7 +104,7 @@ def test_the_direction_is_told(name, arguments, extrapolated, note):
             "transfer",
             {"plane": "vpc", "num_bytes": 10**6},
             "plane",
-            "the latency of vpc is assumed (30 us), not published",
+            "no transfer over vpc is published: nominal bandwidth, and a latency that is assumed (30 us)",
         ),
     ],
 )

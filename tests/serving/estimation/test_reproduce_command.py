@@ -115,9 +115,13 @@ def test_a_file_with_a_mistake_names_file_row_and_field(supernode, rows, rows_fi
 
 def test_a_file_that_cannot_be_written_is_told_before_the_work(supernode, rows, rows_file, tmp_path):
     for option in ("--json", "--picture"):
-        code, out, err = supernode({}, "reproduce", "--published", rows_file(*rows), option, tmp_path / "no" / "out")
+        path = tmp_path / "no" / "out.png"
+        code, out, err = supernode({}, "reproduce", "--published", rows_file(*rows), option, path)
         assert (code, out) == (2, "")
         assert "cannot be written" in err
+    code, out, err = supernode({}, "reproduce", "--published", rows_file(*rows), "--picture", tmp_path / "out.txt")
+    assert (code, out) == (2, "")
+    assert "must end in .png" in err
 
 
 def test_all_shipped_rows_fit_in_a_picture(tmp_path):
