@@ -78,14 +78,6 @@ class StepTimeModel:
             supernode, self._operators, experts, deployment, role=role, attention_aic=attention_aic
         )
 
-    @property
-    def role(self) -> Role:
-        return self._role
-
-    @property
-    def deployment(self) -> ExpertDeployment:
-        return self._deployment
-
     def step(self, work: StepWork) -> StepTime:
         """Time of one step over all ranks; never less for more work."""
         return _to_step_time(self.detail(work).exposed)

@@ -113,9 +113,6 @@ class StepTime:
     breakdown: Mapping[str, int]
 
 
-_FIELDS = tuple(field.name for field in fields(StepWork))
-
-
 def _split(total: int, num_parts: int) -> IntArray:
     parts = np.full(num_parts, total // num_parts, dtype=np.int64)
     parts[: total % num_parts] += 1

@@ -15,7 +15,7 @@ from serving.core.expert_placement import ExpertPlacement, balanced_placement, u
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Imbalance:
+class MeasuredImbalance:
     """Load of the busiest rank over the mean rank's, under the measured load; the mean of all layers. 1 is even."""
 
     uniform: float  # experts placed as if all were used alike
@@ -28,7 +28,7 @@ def place_experts(config: RunConfig, role: Role) -> ExpertPlacement:
     return _place(config, role, _uniform(config) if load is None else load)
 
 
-def rank_imbalance(config: RunConfig, role: Role) -> Imbalance | None:
+def rank_imbalance(config: RunConfig, role: Role) -> MeasuredImbalance | None:
     """What placing by the measured load changes; None without one."""
     load = config.expert_load
     if load is None:
@@ -41,7 +41,7 @@ def rank_imbalance(config: RunConfig, role: Role) -> Imbalance | None:
     uniform, measured = (
         float((1 / _place(config, role, by).balancedness(with_shared)).mean()) for by in (_uniform(config), load)
     )
-    return Imbalance(uniform=uniform, measured=measured)
+    return MeasuredImbalance(uniform=uniform, measured=measured)
 
 
 def measured_imbalance(config: RunConfig, role: Role) -> float:
