@@ -9,11 +9,13 @@ Must not know: what is interrupted.
     call         while serving: a callback, at every signal
 
 A signal handler that raises can do so anywhere, in a `finally` or in a destructor that swallows it too. So it raises
-once and remembers from then on, and `check` raises between two steps if a signal was swallowed.
+once and remembers from then on, and `check` raises between two steps if a signal was swallowed. Python would print the
+traceback of what a destructor (or a callback of the import lock) swallowed; a remembered interrupt is no news.
 """
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -30,6 +32,7 @@ class Interrupts:
         self._raises = False
         self._callback: Callable[[], object] | None = None
         self._previous: dict[signal.Signals, Any] = {}
+        self._report_unraisable: Callable[[Any], object] | None = None
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
@@ -37,11 +40,14 @@ class Interrupts:
                 if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                     continue  # nohup
                 self._previous[number] = signal.signal(number, self._handle)
+            self._report_unraisable, sys.unraisablehook = sys.unraisablehook, self._swallowed
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._report_unraisable is not None:
+            sys.unraisablehook = self._report_unraisable
 
     @property
     def was_interrupted(self) -> bool:
@@ -75,6 +81,12 @@ class Interrupts:
             yield
         finally:
             self._callback = None
+
+    def _swallowed(self, unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt) and self._was_interrupted:
+            return
+        assert self._report_unraisable is not None  # since this is the hook
+        self._report_unraisable(unraisable)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self._was_interrupted = True

@@ -47,7 +47,7 @@ def test_ctrl_c_during_the_boot(launch, stage, group, times):
         booting.send(signal.SIGINT, group=group)
     assert booting.wait() == 130
     assert booting.stdout == ""
-    assert noise(booting.stderr) == []
+    assert noise(booting.stderr) == [], booting.stderr
 
 
 def test_two_launches_share_a_machine_and_the_end_of_one_is_not_the_others(launch, reference):
