@@ -138,16 +138,23 @@ class LayerModel:
     def _two_streams(self, load: Load) -> Layer:
         """Cores split so that the longer stream is shortest."""
         half = load.halved()
+        tried: dict[int, tuple[Parts, Parts]] = {}
+
+        def split(attention_aic: int) -> tuple[Parts, Parts]:
+            if attention_aic not in tried:
+                tried[attention_aic] = self._streams(half, attention_aic)
+            return tried[attention_aic]
+
         if self._attention_aic is not None:
-            aic, (attention, moe) = self._attention_aic, self._streams(half, self._attention_aic)
+            aic = self._attention_aic
         else:
             low, high = 1, self._die.aic - 1  # the first split in [low, high] whose attention is not the longer stream
             while low < high:
                 middle = (low + high) // 2
-                attention, moe = self._streams(half, middle)
+                attention, moe = split(middle)
                 low, high = (low, middle) if total(attention) <= total(moe) else (middle + 1, high)
-            candidates = [(aic, self._streams(half, aic)) for aic in {max(1, low - 1), low}]
-            aic, (attention, moe) = min(candidates, key=lambda item: (max(map(total, item[1])), item[0]))
+            aic = min((max(1, low - 1), low), key=lambda cores: max(map(total, split(cores))))
+        attention, moe = split(aic)
         streams = {"attention": _doubled(attention), "moe": _doubled(moe)}
         longer, shorter = ("attention", "moe") if total(attention) >= total(moe) else ("moe", "attention")
         return Layer(_named({longer: streams[longer]}), total(streams[shorter]) / 2, streams, 2, aic)

@@ -8,15 +8,14 @@ batches are fitted, since the paper prints neither its load nor its balancer's r
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Literal
 
 from devices.deployment import BALANCED, ExpertDeployment, Imbalance
+from devices.pipeline import Role
 from devices.rates import Fitted
 from model.config import ModelConfig
 from serving.core.expert_load_model import Balance, ExpertSlots, LoadModel, hottest_rank_load
 from serving.published_load import read_published_load
 
-Role = Literal["prefill", "decode", "colocated"]
 SEED = 0  # of the drawn layers: every deployment is charged for the same ones
 TOKENS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 512.0, 4096.0)  # per die, where imbalance is worked out
 

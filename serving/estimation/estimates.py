@@ -7,7 +7,7 @@ batch and throughput per NPU, which has two dies; degrees count dies.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from devices.pipeline import StepDetail, StepTimeModel, StepWork
 from devices.spec import SupernodeSpec
@@ -30,11 +30,10 @@ from serving.estimation.estimate_inputs import (
     model_of,
 )
 from serving.estimation.fabric_estimates import estimate_load_model, estimate_switches, estimate_transfer
-from serving.estimation.operator_estimates import attention, combine, dispatch, gemm
+from serving.estimation.operator_estimates import Answer, attention, combine, dispatch, gemm
 from serving.expert_balance import with_imbalance
 
 PoolPlane = Literal["ub", "vpc", "none"]
-Answer = dict[str, Any]
 
 
 def decode(

@@ -19,8 +19,9 @@ from devices.table_files import GPUS_PER_NODE
 from serving.errors import ConfigError, shown
 from serving.estimation.coverage import Coverage, compare_machine
 from serving.estimation.estimate_inputs import check_choice, check_shares, defaults_of, hardware_of
-from serving.estimation.estimates import ESTIMATES, Answer, PoolPlane
+from serving.estimation.estimates import ESTIMATES, PoolPlane
 from serving.estimation.measured_estimates import MEASURED
+from serving.estimation.operator_estimates import Answer
 from serving.estimation.published_coverage import (
     compare_arguments,
     compare_model,
