@@ -156,18 +156,27 @@ def distribution(values: Floats, counts: Floats | None, percentiles: Sequence[fl
         mean = float(values @ counts / total)
         variance = float((values - mean) ** 2 @ counts / total)
 
-    def at(rank: int) -> float:
-        return float(values[rank if upto is None else np.searchsorted(upto, rank, side="right")])
-
-    def percentile(p: float) -> float:
-        rank = p / 100 * (total - 1)
-        below, above = at(math.floor(rank)), at(math.ceil(rank))
-        return below + (above - below) * (rank - math.floor(rank))
-
     return Distribution(
         count=int(total),
         mean_ms=mean,
-        median_ms=percentile(50),
+        median_ms=_percentile(values, upto, 50),
         std_ms=math.sqrt(variance),
-        percentiles={float(p): percentile(p) for p in percentiles},
+        percentiles={float(p): _percentile(values, upto, p) for p in percentiles},
     )
+
+
+def weighted_percentile(values: Floats, weights: Floats, p: float) -> float:
+    """Of `values` (N > 0,), each occurring `weights` times."""
+    order = np.argsort(values, kind="stable")
+    return _percentile(values[order], np.cumsum(weights[order]), p)
+
+
+def _percentile(values: Floats, upto: Floats | None, p: float) -> float:
+    """Of ascending values, of which `upto` occurrences are known up to each; None: each occurs once."""
+
+    def at(rank: int) -> float:
+        return float(values[rank if upto is None else np.searchsorted(upto, rank, side="right")])
+
+    rank = p / 100 * ((values.size if upto is None else float(upto[-1])) - 1)
+    below, above = at(math.floor(rank)), at(math.ceil(rank))
+    return below + (above - below) * (rank - math.floor(rank))
