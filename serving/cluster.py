@@ -26,8 +26,9 @@ from serving.core.scheduled_batch import Load
 from serving.engine import Engine
 from serving.engine_run import RunEnd, TokenSink
 from serving.errors import EngineFailure
-from serving.kv_pool import BlockMove, KvPool
+from serving.kv_pool import KvPool
 from serving.placed import Hold, Placed
+from serving.pool_moves import BlockMove
 from serving.transport import RankRef, Transport
 
 logger = logging.getLogger(__name__)
