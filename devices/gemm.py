@@ -14,11 +14,42 @@ multiples of 16 columns, so that more cores get a tile), a product takes the wid
 """
 
 import math
+from collections.abc import Sequence
 
 from devices.rates import BF16_BYTES, INT8_BYTES
 from devices.spec import SupernodeSpec
 
 ROW_STEP = 16  # rows of the cube unit's smallest fractal (Ascend: 16 x 16)
+
+
+class Product:
+    """Matrix products of one shape: what they take on any number of cube cores, without the launch."""
+
+    __slots__ = ("_low", "_m_varies", "_memory_s", "_row_tiles", "_widths")
+
+    def __init__(
+        self, widths: Sequence[tuple[float, float]], *, row_tiles: float, memory_s: float, m_varies: bool
+    ) -> None:
+        """`widths`: tiles, and seconds that a core takes for a full one, for every width that a kernel comes in."""
+        self._widths, self._memory_s, self._m_varies = widths, memory_s, m_varies
+        self._row_tiles = row_tiles
+        self._low = min(1.0, row_tiles)  # a low tile counts for its share
+
+    def seconds(self, aic: int) -> float:
+        """On `aic` cube cores."""
+        fastest = math.inf
+        for tiles, tile_s in self._widths:
+            tiles_per_core = tiles / aic
+            if self._m_varies:
+                waves = max(tiles_per_core + self._low / 2, self._row_tiles)
+            else:
+                waves = math.ceil(tiles_per_core / self._low) * self._low
+            seconds = waves * tile_s
+            fastest = seconds if seconds < fastest else fastest
+        return fastest if fastest > self._memory_s else self._memory_s
+
+
+NOTHING = Product([(0.0, 0.0)], row_tiles=1.0, memory_s=0.0, m_varies=False)
 
 
 class Gemm:
@@ -37,48 +68,37 @@ class Gemm:
         self._hbm_bytes_per_s = die.hbm_bytes_per_s * rates.memory_utilization
         self._launch_s = rates.launch_s
 
-    def seconds(
+    def product(
         self,
         m: float,
         n: int,
         k: int,
         *,
-        aic: int,
         groups: float = 1.0,
         bf16: bool = False,
         out_bytes: float = 2.0,
         m_varies: bool = False,
-    ) -> float:
-        """`groups` products of m x k by k x n, without the launch; none of them, no time.
+    ) -> Product:
+        """`groups` products of m x k by k x n; none of them, no time.
 
         INT8 inputs unless `bf16`; `out_bytes` per element of the result. With `m_varies`, `m` is the mean of numbers
         that differ from layer to layer: half a step of rows and half a wave are left over on average.
         """
         if m <= 0 or groups <= 0:
-            return 0.0
+            return NOTHING
         width = BF16_BYTES if bf16 else INT8_BYTES
         memory_s = groups * (width * k * (m + n) + out_bytes * m * n) / self._hbm_bytes_per_s
-        compute_s = self._compute_s(m, n, k, aic=aic, groups=groups, bf16=bf16, m_varies=m_varies)
-        return compute_s if compute_s > memory_s else memory_s
+        row_tiles = self._mean_row_tiles(m) if m_varies else self._row_tiles(m)
+        full_tile_s = k * (self._bf16_s_per_k if bf16 else self._int8_s_per_k)
+        widths = [
+            (groups * row_tiles * math.ceil(n / width), full_tile_s * (width / self._full_width) + self._tile_s)
+            for width in self._widths
+        ]
+        return Product(widths, row_tiles=row_tiles, memory_s=memory_s, m_varies=m_varies)
 
     def launched(self, m: float, n: int, k: int, *, aic: int, groups: float = 1.0, bf16: bool = False) -> float:
-        """The same as one operator: with its launch."""
-        return self.seconds(m, n, k, aic=aic, groups=groups, bf16=bf16) + self._launch_s
-
-    def _compute_s(self, m: float, n: int, k: int, *, aic: int, groups: float, bf16: bool, m_varies: bool) -> float:
-        row_tiles = self._mean_row_tiles(m) if m_varies else self._row_tiles(m)
-        low = min(1.0, row_tiles)  # a low tile counts for its share
-        full_tile_s = k * (self._bf16_s_per_k if bf16 else self._int8_s_per_k)
-        fastest = math.inf
-        for width in self._widths:
-            tiles_per_core = groups * row_tiles * math.ceil(n / width) / aic
-            if m_varies:
-                waves = max(tiles_per_core + low / 2, row_tiles)
-            else:
-                waves = math.ceil(tiles_per_core / low) * low
-            seconds = waves * (full_tile_s * (width / self._full_width) + self._tile_s)
-            fastest = seconds if seconds < fastest else fastest
-        return fastest
+        """The same on `aic` cube cores as one operator: with its launch."""
+        return self.product(m, n, k, groups=groups, bf16=bf16).seconds(aic) + self._launch_s
 
     def _row_tiles(self, m: float) -> float:
         """Full tiles of `m` rows, or the share of one that a lower tile is."""
