@@ -12,7 +12,8 @@ mixture of experts, all-to-alls included, on the other:
     MoE stream            | M0 | M1 | M0 | M1 | ...       and min(A, M) is left over once, as ramp
 
 The split of the cores is the one that makes the longer stream shortest, as the paper tunes it per workload. A falls
-with the attention stream's cores and M rises, so it is found by bisection.
+with the attention stream's cores and M rises: they cross once, and the search may start at the split of the step
+before, which is nearly always the same.
 
 Decode that shares communication (`decode_overlap: communication`): all cores compute, C for one microbatch, while the
 NIC moves the other's copies, N, without a core's help. A layer takes 2 * max(C, N): cores are busy for 2 C, the NIC for
@@ -28,7 +29,7 @@ layer is the plain sum of its operators, each on all cores.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from devices.deployment import ExpertDeployment
 from devices.expert_parallel import ExpertParallel
@@ -38,6 +39,7 @@ from devices.spec import SupernodeSpec
 from devices.step_load import StepLoad
 
 Role = Literal["prefill", "decode", "colocated"]
+Split: TypeAlias = tuple[float, float, Parts, Parts]  # seconds of the attention and the MoE stream, and their operators
 
 
 @dataclass(slots=True)
@@ -109,6 +111,7 @@ class LayerModel:
         self._operators, self._experts, self._deployment = operators, experts, deployment
         self._role, self._attention_aic, self._overlap = role, attention_aic, rates.decode_overlap
         self._die = Cores(aic=die.num_aic, aiv=die.num_aiv)
+        self._first_aic = max(1, die.num_aic // 2)  # where the search for a split starts
         # Cores of the other stream, by cube cores of the attention stream.
         self._moe_cores = {aic: _rest(self._die, aic) for aic in range(1, die.num_aic)}
         self._bulk_cores = rates.bulk_cores
@@ -156,26 +159,29 @@ class LayerModel:
 
     def _two_streams(self, half: Load) -> Layer:
         """Cores split so that the longer stream is shortest."""
-        tried: dict[int, tuple[Parts, float, Parts, float]] = {}
+        tried: dict[int, Split] = {}
 
-        def split(attention_aic: int) -> tuple[Parts, float, Parts, float]:
-            """Either stream of one microbatch, and its total; vector cores in proportion to cube cores."""
+        def split(attention_aic: int) -> Split:
             if attention_aic not in tried:
                 attention = self._attention(half, attention_aic)
                 moe, moe_s = self._moe(half, self._moe_cores[attention_aic])
-                tried[attention_aic] = attention, total(attention), moe, moe_s
+                tried[attention_aic] = total(attention), moe_s, attention, moe
             return tried[attention_aic]
 
         if self._attention_aic is not None:
             aic = self._attention_aic
         else:
-            low, high = 1, self._die.aic - 1  # the first split in [low, high] whose attention is not the longer stream
-            while low < high:
-                middle = (low + high) // 2
-                _, attention_s, _, moe_s = split(middle)
-                low, high = (low, middle) if attention_s <= moe_s else (middle + 1, high)
-            aic = min((max(1, low - 1), low), key=lambda cores: max(split(cores)[1::2]))
-        attention, attention_s, moe, moe_s = split(aic)
+            # The first split whose attention is not the longer stream, or the last of all.
+            first = self._first_aic
+            while first < self._die.aic - 1 and split(first)[0] > split(first)[1]:
+                first += 1
+            while first > 1 and split(first - 1)[0] <= split(first - 1)[1]:
+                first -= 1
+            self._first_aic = first
+            aic = first
+            if first > 1 and max(split(first - 1)[:2]) <= max(split(first)[:2]):
+                aic = first - 1
+        attention_s, moe_s, attention, moe = split(aic)
         longer, longer_s, shorter_s = "attention", attention_s, moe_s
         if attention_s < moe_s:
             longer, longer_s, shorter_s = "moe", moe_s, attention_s
