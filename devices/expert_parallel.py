@@ -46,7 +46,7 @@ class ExpertParallel:
         self._combine_bytes = work.combine_message_bytes(config)
         dispatched_shared = config.n_shared_experts if deployment.is_shared_dispatched else 0
         self._copies_per_token = config.num_experts_per_tok + dispatched_shared
-        self._deployment, self._top_k = deployment, config.num_experts_per_tok
+        self._top_k = config.num_experts_per_tok
         self._shared_copies_per_token = 0.0  # on a die of the shared expert
         if deployment.is_shared_dispatched:
             self._shared_copies_per_token = dispatched_shared * ep / deployment.num_shared_slots
@@ -68,6 +68,7 @@ class ExpertParallel:
         at = math.log2(ep), np.log2(bulk.ep)
         self._bulk_dispatch_bytes_per_s = plane.die_port_bytes_per_s * float(np.interp(*at, bulk.dispatch_utilization))
         self._bulk_combine_bytes_per_s = plane.die_port_bytes_per_s * float(np.interp(*at, bulk.combine_utilization))
+        self._routed_copies = lru_cache(REMEMBERED)(deployment.hottest_copies)
         self._paces = lru_cache(REMEMBERED)(self._paces_of)
 
     def num_copies(self, tokens: float) -> float:
@@ -76,7 +77,7 @@ class ExpertParallel:
 
     def hottest_copies(self, mean_tokens: float) -> float:
         """Copies that reach the hottest die when a die sends for `mean_tokens` on average."""
-        routed = self._deployment.hottest_copies(mean_tokens, self._top_k)
+        routed = self._routed_copies(mean_tokens, self._top_k)
         return max(routed, mean_tokens * self._shared_copies_per_token)
 
     def dispatch(self, tokens: float, *, aiv: int, mean_tokens: float | None = None) -> float:

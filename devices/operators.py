@@ -63,6 +63,7 @@ class Operators:
         self._absorbed_products = remember(self._make_absorbed_products)
         self._around_absorbed = remember(self._around_absorbed_core)
         self._around_split = remember(self._around_split_core)
+        self._hottest_copies = remember(deployment.hottest_copies)
         self._gate_product = remember(self._make_gate_product)
         self._expert_products = remember(self._make_expert_products)
 
@@ -144,7 +145,7 @@ class Operators:
     def expert_activations(self, mean_tokens: float, max_tokens: float) -> float:
         """Vector work of prefill between the products of the hottest die's experts: dequantize, SwiGLU, quantize."""
         c, d = self._config, self._deployment
-        copies = d.hottest_copies(mean_tokens, c.num_experts_per_tok)
+        copies = self._hottest_copies(mean_tokens, c.num_experts_per_tok)
         copies += 0 if d.is_shared_dispatched else max_tokens * c.n_shared_experts
         bytes_per_copy = c.moe_intermediate_size * (
             2 * 2 * BF16_BYTES + 3 * INT8_BYTES
@@ -233,7 +234,7 @@ class Operators:
     def _make_expert_products(self, mean_tokens: float, max_tokens: float) -> tuple[tuple[Product, ...], ...]:
         """Of the hottest die's routed experts, and of the shared one."""
         c, d = self._config, self._deployment
-        copies = d.hottest_copies(mean_tokens, c.num_experts_per_tok)
+        copies = self._hottest_copies(mean_tokens, c.num_experts_per_tok)
         groups = min(float(d.router_slots_per_die), copies)
         shared_tokens = mean_tokens * d.ep / d.num_shared_slots if d.is_shared_dispatched else max_tokens
         routed = self._expert_mlp(copies / groups if groups else 0.0, groups)
