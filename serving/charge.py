@@ -25,9 +25,9 @@ def deployment_of(config: RunConfig, role: Role) -> ExpertDeployment:
     return replace(layout, imbalance=Imbalance.constant(measured_imbalance(config, role)))
 
 
-def step_charge(config: RunConfig, role: Role) -> Callable[[ScheduledBatch], StepTime]:
-    """The time of a step of one instance of `role`."""
-    model = StepTimeModel(
+def step_time_model(config: RunConfig, role: Role) -> StepTimeModel:
+    """The time model of an instance of `role`."""
+    return StepTimeModel(
         config.charged_shape,
         config.hardware,
         role=role,
@@ -35,6 +35,11 @@ def step_charge(config: RunConfig, role: Role) -> Callable[[ScheduledBatch], Ste
         microbatch=config.timing.microbatch,
         num_speculative_tokens=config.speculative.num_speculative_tokens,
     )
+
+
+def step_charge(config: RunConfig, role: Role) -> Callable[[ScheduledBatch], StepTime]:
+    """The time of a step of one instance of `role`."""
+    model = step_time_model(config, role)
     world_size = config.world_size(role)
 
     def charge(batch: ScheduledBatch) -> StepTime:

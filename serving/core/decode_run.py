@@ -44,7 +44,9 @@ class DecodeRun:
     brought: Ints  # (ranks, steps) tokens that each step brings, as the calendars count them
     growth: Ints  # (ranks, steps) blocks that each step takes
     pressed: PressedStep | None
-    used_blocks: list[int] = field(default_factory=list)  # of the instance, at the beginning of each step that has begun
+    used_blocks: list[int] = field(
+        default_factory=list
+    )  # of the instance, at the beginning of each step that has begun
 
     def begin(self, num_steps: int) -> None:
         """So many of its steps have begun: take their blocks."""
@@ -57,6 +59,14 @@ class DecodeRun:
                 state.free_blocks[self.ranks] -= column
             state.num_used_blocks += int(column.sum())
             self.used_blocks.append(state.num_used_blocks)
+
+    def has_room(self, rank: int, num_steps: int) -> bool:
+        """Whether a rank has the blocks that the first `num_steps` of the run will still take."""
+        index = rank if self.ranks is None else int(np.searchsorted(self.ranks, rank))
+        if self.ranks is not None and (index == len(self.ranks) or self.ranks[index] != rank):
+            return True
+        growth = self.growth[index, len(self.used_blocks) : num_steps]
+        return bool(self.state.free_blocks[rank] >= growth.sum())
 
     def finish(self, num_steps: int) -> list[DecodeRow]:
         """So many of its steps, all that have begun, are over; returns the rows that ended in the last."""

@@ -106,7 +106,8 @@ class PressedRanks:
                     self._give_block(row)
             else:
                 scarce += short
-        self.stalled = stalled = []
+        stalled: list[DecodeRow] = []
+        self.stalled = stalled
         preempted: list[DecodeRow] = []
         for row in sorted(scarce, key=lambda row: row.key):
             self._grow_by_force(row, stalled, preempted)

@@ -10,8 +10,6 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from serving.core.block_pool import NO_BLOCKS, BlockPool
 from serving.core.ids import BlockHash, BlockIds
 

@@ -10,8 +10,9 @@ two events nobody has told the ranks that steps have begun.
 from bisect import bisect_left
 from collections.abc import Callable
 
+from devices.fabric import Endpoint
 from devices.step_work import StepTime
-from serving.core.decode_ranks import DecodeRanks, DecodeRow
+from serving.core.decode_ranks import DecodeRanks, DecodeRow, Key
 from serving.core.decode_run import DecodePlanner, DecodeRun, RunStep
 from serving.simulation.columns import NEVER
 from serving.simulation.event_loop import EventLoop
@@ -30,6 +31,7 @@ class DecodeInstance:
         ranks: DecodeRanks,
         planner: DecodePlanner,
         charge: ChargeDecode,
+        dies: list[Endpoint],
         loop: EventLoop,
         notes: StepNotes,
         on_preempted: Callable[[DecodeRow, int], None],
@@ -41,6 +43,8 @@ class DecodeInstance:
         `on_preempted(row, last_ns)` says when it had its last token here, NEVER if it had none.
         """
         self.index = index
+        self.instance_id = notes.instance_id
+        self.dies = dies
         self.ranks = ranks
         self.num_runs = 0  # requests that decode here
         self.num_drafts = 0
@@ -81,10 +85,20 @@ class DecodeInstance:
         if self._run is not None:
             self._run.begin(self._num_begun())
 
-    def reserved(self, rank: int) -> None:
-        """Blocks of a rank were taken for a newcomer: a run that counted on them is decided anew from its next step."""
-        if self._run is not None and self._num_steps > 1:
+    def reserve(self, owner: object, *, rank: int, num_tokens: int, total_limit: int, key: Key, draw: int) -> DecodeRow:
+        """Take a slot and blocks for a cache that will come; the caller has seen that there is room.
+
+        A run of steps may have counted on these blocks: what has not begun of it is decided anew.
+        """
+        row = self.ranks.reserve(owner, rank=rank, num_tokens=num_tokens, total_limit=total_limit, key=key, draw=draw)
+        if self._run is not None and self._num_steps > 1 and not self._run.has_room(rank, self._num_steps):
             self._cut()
+        return row
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError if its ranks contradict themselves. Between runs only."""
+        if self._run is None:
+            self.ranks.check_invariants()
 
     def wake(self) -> None:
         """Look for work at this instant, unless a step is under way."""

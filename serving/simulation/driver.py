@@ -13,23 +13,23 @@ import heapq
 
 import numpy as np
 
-from devices.fabric import Endpoint, Fabric
+from devices.fabric import Fabric
 from serving.config import RunConfig
 from serving.core.acceptance import first_draw
 from serving.core.decode_ranks import DecodeRow
 from serving.core.event_log import EventLog
-from serving.core.ids import Counts, RequestId
+from serving.core.ids import BlockHash, Counts, RequestId
 from serving.core.prompt_batcher import Prompt
 from serving.core.request import OutcomeReason
 from serving.core.router import Room, Router, source_prefill_rank
-from serving.pool_moves import BlockMove, PoolMoves, PoolRead, PoolWrite
+from serving.pool_moves import PoolMoves, PoolRead, PoolWrite
 from serving.simulation.columns import NEVER
 from serving.simulation.decode_instance import DecodeInstance
 from serving.simulation.event_loop import EventLoop
 from serving.simulation.life import Life, LifeNotes
 from serving.simulation.move_notes import MoveNotes
 from serving.simulation.prefill_instance import PrefillInstance
-from serving.workload import Workload
+from serving.workloads.workload import Workload
 
 
 class Driver:
@@ -47,7 +47,6 @@ class Driver:
         fabric: Fabric,
         prefills: list[PrefillInstance],
         decodes: list[DecodeInstance],
-        decode_dies: list[list[Endpoint]],
         free_blocks: Counts,
         notes: LifeNotes,
         moves: MoveNotes,
@@ -64,7 +63,6 @@ class Driver:
         self._fabric = fabric
         self._prefills = prefills
         self._decodes = decodes
-        self._decode_dies = decode_dies
         self._free_blocks = free_blocks
         self._notes = notes
         self._moves = moves
@@ -79,6 +77,13 @@ class Driver:
         self._lives: dict[int, Life] = {}
         self._num_sent = 0
         self._is_closed_loop = config.workload.max_concurrency is not None
+        # Views that give plain integers: reading single numbers out of arrays costs three times as much.
+        columns = workload.columns
+        self._arrival_ns = None if columns.arrival_ns is None else columns.arrival_ns.data
+        self._num_prompt_tokens = columns.num_prompt_tokens.data
+        self._max_tokens = columns.max_tokens.data
+        self._priority = columns.priority.data
+        self._seeds = columns.seeds.data  # NO_SEED is negative, and drawn as 0
         self._prefill_of = {prefill.instance_id: prefill for prefill in prefills}
         self._decode_of = {decode.instance_id: decode for decode in decodes}
 
@@ -94,8 +99,7 @@ class Driver:
 
     def start(self) -> None:
         """Send the first requests."""
-        arrivals = self._workload.arrival_ns
-        if self._is_closed_loop or arrivals is None:
+        if self._is_closed_loop or self._arrival_ns is None:
             count = len(self._workload)
             if self._config.workload.max_concurrency is not None:
                 count = min(count, self._config.workload.max_concurrency)
@@ -103,7 +107,7 @@ class Driver:
             for index in range(count):
                 self._loop.call_soon(self._arrive, index)
         elif len(self._workload):
-            self._loop.call_at(int(arrivals[0]), self._arrive_on_time, 0, gives_way=False)
+            self._loop.call_at(self._arrival_ns[0], self._arrive_on_time, 0, gives_way=False)
 
     def abort_all(self) -> None:
         """The run is interrupted: whoever has no outcome is aborted."""
@@ -113,35 +117,34 @@ class Driver:
     # --- arrival and admission ---
 
     def _arrive_on_time(self, index: int) -> None:
-        arrivals = self._workload.arrival_ns
+        arrivals = self._arrival_ns
         assert arrivals is not None
         self._num_sent = index + 1
         if index + 1 < len(arrivals):
-            self._loop.call_at(int(arrivals[index + 1]), self._arrive_on_time, index + 1, gives_way=False)
+            self._loop.call_at(arrivals[index + 1], self._arrive_on_time, index + 1, gives_way=False)
         self._arrive(index)
 
     def _arrive(self, index: int) -> None:
         workload, loop = self._workload, self._loop
         self._notes.num_arrived += 1
-        request_id = RequestId(workload.request_id(index))
-        seed = workload.seed_of(index)
+        request_id = RequestId(workload.request_ids[index])
         life = Life(
             index=index,
             request_id=request_id,
             order=self._notes.num_arrived,
-            priority=workload.priority_of(index) if self._has_priorities else 0,
-            num_prompt_tokens=int(workload.num_prompt_tokens[index]),
-            max_tokens=int(workload.max_tokens[index]),
+            priority=self._priority[index] if self._has_priorities else 0,
+            num_prompt_tokens=self._num_prompt_tokens[index],
+            max_tokens=self._max_tokens[index],
             arrival_ns=loop.now_ns,
-            draw=first_draw(request_id, seed) if self._config.is_speculative else 0,
+            draw=first_draw(request_id, max(0, self._seeds[index])) if self._config.is_speculative else 0,
         )
         if self._needs_hashes:
-            life.block_hashes = workload.block_hashes(index, self._block_size)
+            life.block_hashes = [
+                BlockHash(name.to_bytes(8, "little")) for name in workload.block_hashes(index, self._block_size)
+            ]
         self._lives[index] = life
         if self._log is not None:
-            self._log.append(
-                loop.now_ns, "arrive", request_id, prompt=life.num_prompt_tokens, limit=life.max_tokens
-            )
+            self._log.append(loop.now_ns, "arrive", request_id, prompt=life.num_prompt_tokens, limit=life.max_tokens)
         if life.num_tokens_limit > self._config.model.max_model_len:
             self._reject(life, OutcomeReason.PROMPT_TOO_LONG)
             return
@@ -255,10 +258,10 @@ class Driver:
         assert life.prefill is not None
         first = num_cached // self._block_size
         last = first + num_external // self._block_size
-        read = self._pool.start_load(
-            life.request_id, life.block_hashes[:last], first=first, dies=life.prefill.dies
-        )
+        read = self._pool.start_load(life.request_id, life.block_hashes[:last], first=first, dies=life.prefill.dies)
         if read.blocks:
+            num_bytes = len(read.blocks) * self._pool.block_bytes
+            self._moves.note("pool_load", life, read.start_ns, read.end_ns, num_bytes)
             self._loop.call_at(read.end_ns, self._end_load, (life, read))
         else:
             self._end_load((life, read))
@@ -307,6 +310,9 @@ class Driver:
         if write is None:
             self._loop.call_soon(self._release_prefill, life)
         else:
+            self._moves.note(
+                "pool_store", life, write.start_ns, write.end_ns, len(write.blocks) * self._pool.block_bytes
+            )
             self._loop.call_at(write.end_ns, self._end_store, (life, write))
 
     def _end_store(self, what: tuple[Life, PoolWrite]) -> None:
@@ -322,25 +328,17 @@ class Driver:
         assert life.decode is not None
         assert life.row is not None
         rank, dies, now_ns = life.row.rank, life.prefill.dies, self._loop.now_ns
-        targets = self._decode_dies[life.decode.number]
+        targets = life.decode.dies
         source = source_prefill_rank(
             prefill_tp_size=len(dies), decode_tp_size=1, decode_dp_size=len(targets), decode_dp_rank=rank
         )
         num_bytes = (life.num_tokens - 1) * self._kv_bytes_per_token + self._hidden_state_bytes
-        end_ns = self._fabric.reserve("rdma", dies[source], targets[rank], num_bytes=num_bytes, now_ns=now_ns, op="read")
+        end_ns = self._fabric.reserve(
+            "rdma", dies[source], targets[rank], num_bytes=num_bytes, now_ns=now_ns, op="read"
+        )
         if self._log is not None:
             self._log.append(now_ns, "kv_transfer", life.request_id, source=source, rank=rank, bytes=num_bytes)
-        if self._moves.is_kept:
-            self._moves.note(
-                BlockMove(
-                    kind="kv_transfer",
-                    request_id=life.request_id,
-                    start_ns=now_ns,
-                    end_ns=end_ns,
-                    num_bytes=num_bytes,
-                ),
-                life,
-            )
+        self._moves.note("kv_transfer", life, now_ns, end_ns, num_bytes)
         self._loop.call_at(end_ns, self._end_transfer, life)
 
     def _end_transfer(self, life: Life) -> None:
@@ -371,9 +369,7 @@ class Driver:
         life.num_output_tokens = life.max_tokens
         life.last_token_ns = self._loop.now_ns
         if self._log is not None:
-            self._log.append(
-                self._loop.now_ns, "done", life.request_id, instance=life.decode.instance_id, stopped=0
-            )
+            self._log.append(self._loop.now_ns, "done", life.request_id, instance=life.decode.instance_id, stopped=0)
         self._loop.call_soon(self._finish, life)
 
     def on_preempted(self, row: DecodeRow, last_ns: int) -> None:

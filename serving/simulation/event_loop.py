@@ -4,7 +4,7 @@ Owns: the instant, what is due when, and the order of what is due at the same in
 Must not know: requests, instances.
 Source: the order is that of devices/clock.py, so that both drivers make the same decisions even at equal instants.
 
-    call_soon   at this instant, after all that was asked for before: a callback that asyncio would run in its next round
+    call_soon   at this instant, after all that was asked for before: what asyncio would run in its next round
     call_at     when nothing is left to do at the instants before. Of equal instants in the order of the calls
     due again   what ends with real work (`external`) gives way, once, to everything else that is due at its instant
 """

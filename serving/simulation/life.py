@@ -16,7 +16,7 @@ from serving.simulation.columns import NEVER, RequestColumns
 from serving.simulation.decode_instance import DecodeInstance
 from serving.simulation.growing_columns import as_int16, as_int32, as_int64, filled_column
 from serving.simulation.prefill_instance import PrefillInstance
-from serving.workload import Workload
+from serving.workloads.workload import Workload
 
 REASONS = tuple(str(reason) for reason in OutcomeReason)
 OUTCOME_OF_REASON = {reason: OUTCOMES.index(state.value) for reason, state in STATE_OF_REASON.items()}
@@ -92,13 +92,15 @@ class LifeNotes:
     def columns(self) -> RequestColumns:
         """Of all that have arrived: the first ones."""
         arrived = slice(self.num_arrived)
-        columns, codes = self._columns, self._codes
+        instants = {name: as_int64(self._columns[name])[arrived] for name in _INSTANTS}
+        counts = {name: as_int32(self._columns[name])[arrived] for name in _COUNTS}
+        codes = {name: as_int16(self._codes[name])[arrived] for name in _CODES}
         return RequestColumns(
-            request_ids=[request.request_id for request in self._workload.requests[arrived]],
+            request_ids=self._workload.request_ids[arrived],
             reasons=REASONS,
-            **{name: as_int64(columns[name])[arrived] for name in _INSTANTS},
-            **{name: as_int32(columns[name])[arrived] for name in _COUNTS},
-            **{name: as_int16(codes[name])[arrived] for name in _CODES},
+            **instants,  # type: ignore[arg-type]
+            **counts,  # type: ignore[arg-type]
+            **codes,  # type: ignore[arg-type]
         )
 
 

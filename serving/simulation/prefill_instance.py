@@ -32,17 +32,18 @@ class PrefillInstance:
         on_admit: Callable[[Prompt, int, int], None],
         on_computed: Callable[[Prompt], None],
     ) -> None:
-        """`on_admit(prompt, num_cached, num_external)` and `on_computed(prompt)` are called at once, in the step's order.
+        """`on_admit(prompt, num_cached, num_external)` and `on_computed(prompt)` are called in the step's order.
 
         With `num_external` tokens to come from the pool the prompt waits for `activate`.
         """
         self.index = index
+        self.instance_id = notes.instance_id
+        self.notes = notes
         self.batcher = batcher
         self.dies = dies
         self.num_runs = 0  # requests that wait for this instance
         self._charge = charge
         self._loop = loop
-        self._notes = notes
         self._find_external = find_external
         self._on_admit = on_admit
         self._on_computed = on_computed
@@ -95,7 +96,7 @@ class PrefillInstance:
             num_samples += end >= prompt.num_tokens
         longest = num_kv
         time = self._charge(num_tokens, num_context, num_kv, len(step.rows), num_samples)
-        self._notes.begin(
+        self.notes.begin(
             loop.now_ns,
             time,
             num_seqs=len(step.rows),

@@ -54,9 +54,7 @@ class StepNotes:
         for name, part_ns in time.breakdown.items():
             breakdown[name] = breakdown.get(name, 0) + part_ns
         if self._log is not None:
-            self._log.append(
-                start_ns, "step", self.instance_id, rows=num_seqs, tokens=num_tokens, charged_ns=time.ns
-            )
+            self._log.append(start_ns, "step", self.instance_id, rows=num_seqs, tokens=num_tokens, charged_ns=time.ns)
 
     def columns(self) -> InstanceColumns:
         """All of it."""
