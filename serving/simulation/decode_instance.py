@@ -163,7 +163,8 @@ class DecodeInstance:
     def _note(self, run: DecodeRun, num_steps: int) -> None:
         """Write the steps down. Rows that had no token of the step before have a gap of their own."""
         bounds, notes, stalled = self._bounds_ns, self._notes, self._planner.stalled
-        since_ns = [self._last_token_ns(row) for row in run.joined if row not in stalled]
+        idle = stalled if run.pressed is None else stalled + run.pressed.preempted
+        since_ns = [self._last_token_ns(row) for row in run.joined if row not in idle]
         for row, last_ns in list(self._stalled_since.values()):
             if row not in stalled:
                 since_ns.append(last_ns)

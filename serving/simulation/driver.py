@@ -73,6 +73,7 @@ class Driver:
         self._max_queued = config.scheduler.max_queued_requests
         self._has_priorities = config.scheduler.policy == "priority"
         self._needs_hashes = pool is not None or config.instances["prefill"].prefix_caching
+        self.end_ns = 0  # the last outcome
         self._queue: list[tuple[tuple[int, int], Life]] = []
         self._lives: dict[int, Life] = {}
         self._num_sent = 0
@@ -437,6 +438,7 @@ class Driver:
                 self._loop.now_ns, "outcome", life.request_id, reason=str(reason), tokens=life.num_output_tokens
             )
         self._notes.write(life, reason)
+        self.end_ns = self._loop.now_ns
         del self._lives[life.index]
 
     def _release_prefill(self, life: Life) -> None:

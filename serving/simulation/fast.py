@@ -171,7 +171,7 @@ def run_fast(
         num_drafts=sum(decode.num_drafts for decode in decodes),
         num_accepted=sum(decode.num_accepted for decode in decodes),
         held_at_rest=held,
-        simulated_s=loop.now_ns / 1e9,
+        simulated_s=driver.end_ns / 1e9,
         digest=None if log is None else log.digest(),
         num_not_arrived=len(workload) - lives.num_arrived,
         interrupted=interrupted,
