@@ -10,6 +10,7 @@ happens at the same instant comes in the same order. Both ways note the same eve
 """
 
 import heapq
+from typing import cast
 
 import numpy as np
 
@@ -140,9 +141,7 @@ class Driver:
             draw=first_draw(request_id, max(0, self._seeds[index])) if self._config.is_speculative else 0,
         )
         if self._needs_hashes:
-            life.block_hashes = [
-                BlockHash(name.to_bytes(8, "little")) for name in workload.block_hashes(index, self._block_size)
-            ]
+            life.block_hashes = cast(list[BlockHash], workload.block_hashes(index, self._block_size))
         self._lives[index] = life
         if self._log is not None:
             self._log.append(loop.now_ns, "arrive", request_id, prompt=life.num_prompt_tokens, limit=life.max_tokens)
