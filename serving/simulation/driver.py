@@ -206,6 +206,7 @@ class Driver:
             draw=life.draw,
         )
         life.prefill_holds = life.decode_holds = 1
+        life.needs_prefill = True
         return True
 
     def _prefix_tokens(self, life: Life) -> Counts | None:
@@ -355,6 +356,7 @@ class Driver:
     def _start_decode(self, life: Life) -> None:
         assert life.decode is not None
         assert life.row is not None
+        self._leave_prefill(life)
         life.decode_start_ns = self._loop.now_ns
         life.decode.resume(life.row, life.num_tokens)
 
@@ -391,7 +393,7 @@ class Driver:
 
     def _start_again(self, life: Life) -> None:
         self._router.release(life.request_id)
-        self._release_prefill(life)
+        self._leave_prefill(life)
         life.decode_holds -= 1
         assert not life.decode_holds
         if life.prefill_holds:
@@ -412,7 +414,7 @@ class Driver:
 
     def _finish(self, life: Life) -> None:
         self._router.release(life.request_id)
-        self._release_prefill(life)
+        self._leave_prefill(life)
         self._release_decode(life)
         self._close(life, OutcomeReason.LENGTH)
         if self._is_closed_loop:
@@ -439,6 +441,12 @@ class Driver:
         self._notes.write(life, reason)
         self.end_ns = self._loop.now_ns
         del self._lives[life.index]
+
+    def _leave_prefill(self, life: Life) -> None:
+        """The request itself needs its blocks at the prefill instance no longer; movements may."""
+        if life.needs_prefill:
+            life.needs_prefill = False
+            self._release_prefill(life)
 
     def _release_prefill(self, life: Life) -> None:
         life.prefill_holds -= 1
