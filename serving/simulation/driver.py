@@ -48,13 +48,13 @@ class Driver:
         fabric: Fabric,
         prefills: list[PrefillInstance],
         decodes: list[DecodeInstance],
-        free_blocks: Counts,
+        room: Room,
         notes: LifeNotes,
         moves: MoveNotes,
         kv_bytes_per_token: int,
         hidden_state_bytes: int,
     ) -> None:
-        """`free_blocks`: of all decode ranks, instance after instance, kept up to date by their instances."""
+        """`room`: of all decode ranks, instance after instance, kept up to date by their instances."""
         self._config = config
         self._workload = workload
         self._loop = loop
@@ -64,7 +64,7 @@ class Driver:
         self._fabric = fabric
         self._prefills = prefills
         self._decodes = decodes
-        self._free_blocks = free_blocks
+        self._room = room
         self._notes = notes
         self._moves = moves
         self._kv_bytes_per_token = kv_bytes_per_token
@@ -181,7 +181,11 @@ class Driver:
             request_id=life.request_id,
             num_tokens=num_tokens,
             num_blocks=num_tokens // self._block_size + 1,
-            room=Room(free_blocks=self._free_blocks, free_slots=self._max_num_seqs - router.num_requests),
+            # A request that is leaving may be gone for the router and still hold its slot.
+            room=Room(
+                free_blocks=self._room.free_blocks,
+                free_slots=np.minimum(self._room.free_slots, self._max_num_seqs - router.num_requests),
+            ),
             num_prefix_tokens=self._prefix_tokens(life),
         )
         if placement is None:
