@@ -114,7 +114,7 @@ def _sankey(links: Links, unit: str, shown: Callable[[float], str]) -> Trace:
         "valuesuffix": unit,
         "node": {
             "label": [f"{node}: {shown(max(through[node], into[node]))}" for node in nodes],
-            "color": [_node_color(node) for node in nodes],
+            "color": [_node_color(node, links) for node in nodes],
             "pad": 14,
             "thickness": 14,
             "line": {"width": 0},
@@ -123,12 +123,13 @@ def _sankey(links: Links, unit: str, shown: Callable[[float], str]) -> Trace:
             "source": [place[a] for a, _ in links],
             "target": [place[b] for _, b in links],
             "value": [amount for amount, _ in links.values()],
-            "color": [f"rgba({','.join(str(int(c[i : i + 2], 16)) for i in (1, 3, 5))},0.4)" for _, c in links.values()],
+            "color": [f"{color}66" for _, color in links.values()],  # 40 % opaque
         },
     }
 
 
-def _node_color(node: str) -> str:
+def _node_color(node: str, links: Links) -> str:
     if node.startswith("pool"):
         return PLANE_COLORS["ub"]
-    return next((color for role, color in ROLE_COLORS.items() if node.startswith(role)), GRAY)
+    role_color = next((color for role, color in ROLE_COLORS.items() if node.startswith(role)), None)
+    return role_color or next((color for (_, end), (_, color) in links.items() if end == node), GRAY)

@@ -5,6 +5,7 @@ Must not know: plots, the table of figures.
 Source: definitions as in serving/summary.py.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -78,15 +79,15 @@ def phases_of(run: RunColumns) -> Mapping[str, Floats]:
         )
     ]
     # A request that never came to an instant passed it at once: it had its last token with the first, for example.
-    for earlier, later in zip(known, known[1:], strict=False):
+    for earlier, later in itertools.pairwise(known):
         later[later == NEVER] = earlier[later == NEVER]
         np.maximum(later, earlier, out=later)
-    queue, wait, prefill, transfer, decode = (b - a for a, b in zip(known, known[1:], strict=False))
-    loading = np.zeros(len(requests))
+    queue, wait, prefill, transfer, decode = (b - a for a, b in itertools.pairwise(known))
+    loading: Floats = np.zeros(len(requests))
     if run.moves is not None:
         loads = run.moves.kind == POOL_LOAD
         lengths = (run.moves.end_ns - run.moves.start_ns)[loads]
-        loading = np.bincount(run.moves.request[loads], lengths, len(requests))
+        loading = np.bincount(run.moves.request[loads], lengths.astype(np.float64), len(requests)).astype(np.float64)
     load = np.minimum(loading[done], wait)
     return {
         name: values / 1e6

@@ -35,7 +35,7 @@ def latency_plots(run: RunColumns, latencies: Latencies, windows: Windows) -> li
         _gaps_over_time(run, windows),
         _over_time("e2el", "E2EL", latencies.arrival_ns, latencies.e2el_ms, windows),
     ]
-    return [_distribution(latencies), _phases(run, latencies), *over_time, _by_prompt(run)]
+    return [_distribution(latencies), *_phases(run, latencies), *over_time, _by_prompt(run)]
 
 
 def _distribution(latencies: Latencies) -> Plot:
@@ -62,6 +62,7 @@ def _distribution(latencies: Latencies) -> Plot:
             "xaxis": {"type": "log", "title": {"text": "time [ms], logarithmic"}},
             "yaxis": axis("share [%]", range=[0, 1.01], tickformat=".0%"),
         },
+        is_wide=True,
         empty="no request finished",
     )
 
@@ -69,7 +70,7 @@ def _distribution(latencies: Latencies) -> Plot:
 def _over_time(name: str, label: str, arrival_ns: NDArray[np.int64], values: Floats, windows: Windows) -> Plot:
     known = ~np.isnan(values)
     rows = windows.percentiles(arrival_ns[known], values[known], tuple(PERCENTILE_COLORS))
-    return _percentile_plot(f"{name}-time", f"{label} over time of arrival", rows, label, windows, known.any())
+    return _percentile_plot(f"{name}-time", f"{label} over time of arrival", rows, label, windows, bool(known.any()))
 
 
 def _gaps_over_time(run: RunColumns, windows: Windows) -> Plot:
@@ -112,53 +113,62 @@ def _percentile_plot(key: str, title: str, rows: Floats, label: str, windows: Wi
         key=key,
         title=f"{title}, windows of {windows.width_s:g} s",
         traces=traces if has_any else [],
-        layout={"xaxis": time_axis(), "yaxis": axis(f"{label} [{unit}]")},
+        layout={"xaxis": time_axis(windows), "yaxis": axis(f"{label} [{unit}]")},
         height_px=280,
         empty="no request finished" if label != "TPOT" else "no request has two tokens",
     )
 
 
-def _phases(run: RunColumns, latencies: Latencies) -> Plot:
-    """Mean phases of all requests, and of those around three percentiles of E2EL."""
-    phases, e2el = phases_of(run), latencies.e2el_ms
+def _phases(run: RunColumns, latencies: Latencies) -> list[Plot]:
+    """Phases of E2EL and, larger, of TTFT."""
+    phases = phases_of(run)
+    before_first = {name: values for name, values in phases.items() if name not in ("transfer", "decode")}
+    note = "" if run.moves is not None else "Movements were not kept: the load from the pool is in the prefill wait."
+    return [
+        _stack("phases", "E2EL", phases, latencies.e2el_ms, note),
+        _stack("ttft-phases", "TTFT", before_first, latencies.ttft_ms, note),
+    ]
+
+
+def _stack(key: str, label: str, phases: Mapping[str, Floats], by: Floats, note: str) -> Plot:
+    """Mean phases of all requests, and of those around three percentiles of `by`, milliseconds."""
     groups: list[tuple[str, NDArray[np.bool_]]] = []
-    if e2el.size:
-        groups.append(("all, mean", np.ones(e2el.size, dtype=np.bool_)))
+    if by.size:
+        groups.append(("all, mean", np.ones(by.size, dtype=np.bool_)))
         for p in PERCENTILE_COLORS:
-            low, high = np.percentile(e2el, [p - 0.5, p + 0.5])
-            near = (e2el >= low) & (e2el <= high)
+            low, high = np.percentile(by, [p - 0.5, p + 0.5])
+            near = (by >= low) & (by <= high)
             if not near.any():  # few requests: the nearest one
-                near = np.zeros(e2el.size, dtype=np.bool_)
-                near[np.argmin(np.abs(e2el - np.percentile(e2el, p)))] = True
-            groups.append((f"at p{p} of E2EL", near))
+                near[np.argmin(np.abs(by - np.percentile(by, p)))] = True
+            groups.append((f"at p{p} of {label}", near))
+    unit, factor = ("s", 1e-3) if by.size and by.max() >= 5_000 else ("ms", 1.0)
     traces = []
     for name, values in phases.items():
         means = np.array([values[members].mean() for _, members in groups])
-        if not means.any():
-            continue
-        traces.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": name,
-                "y": [label for label, _ in groups],
-                "x": numbers(means / 1e3),
-                "marker": {"color": PHASE_COLORS[name]},
-                "hovertemplate": "%{x:.4g} s<extra>" + name + "</extra>",
-            }
-        )
-    note = "" if run.moves is not None else "Movements were not kept: the load from the pool is in the prefill wait. "
+        if means.any():
+            traces.append(
+                {
+                    "type": "bar",
+                    "orientation": "h",
+                    "name": name,
+                    "y": [group for group, _ in groups],
+                    "x": numbers(means * factor),
+                    "marker": {"color": PHASE_COLORS[name]},
+                    "hovertemplate": f"%{{x:.4g}} {unit}<extra>{name}</extra>",
+                }
+            )
     return Plot(
-        key="phases",
-        title="Where a request's time goes, mean of requests within half a percentile",
+        key=key,
+        title=f"Where {label} goes, mean of requests within half a percentile",
         traces=traces,
         layout={
             "barmode": "stack",
-            "xaxis": axis("time since arrival [s]"),
+            "xaxis": axis(f"time since arrival [{unit}]"),
             "yaxis": {"autorange": "reversed", "ticks": ""},
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
         },
         note=note,
+        height_px=280,
         empty="no request finished",
     )
 

@@ -43,7 +43,7 @@ def throughput_plots(run: RunColumns, windows: Windows) -> list[Plot]:
         line(when, arrived * per_s, name="arrivals", color=ARRIVED_COLOR),
         line(when, finished * per_s, name="completions", color=FINISHED_COLOR),
     ]
-    x = {"xaxis": time_axis()}
+    x = {"xaxis": time_axis(windows)}
     windowed = f"windows of {windows.width_s:g} s"
     return [
         Plot(
@@ -76,7 +76,7 @@ def queue_plots(run: RunColumns, windows: Windows) -> list[Plot]:
     running = windows.levels(requests.scheduled_ns[placed], left)
     # An instance without a step in a window had nothing to do.
     rows = [np.nan_to_num(windows.means(i.start_ns, i.charged_ns, i.num_waiting)) for i in run.instances]
-    x = {"xaxis": time_axis()}
+    x = {"xaxis": time_axis(windows)}
     return [
         Plot(
             key="running",
@@ -102,17 +102,26 @@ def queue_plots(run: RunColumns, windows: Windows) -> list[Plot]:
 def instance_plots(run: RunColumns, windows: Windows) -> list[Plot]:
     """Utilization, batch, step and fill of each instance; the pool; the operators of a step."""
     instances, when = run.instances, windows.middles_s
-    x = {"xaxis": time_axis()}
-    batches = [windows.means(i.start_ns, i.charged_ns, i.num_seqs) for i in instances]
+    x = {"xaxis": time_axis(windows)}
+    decoding = tuple(i for i in instances if i.role != "prefill")
+    prefilling = tuple(i for i in instances if i.role != "decode")
+    rows = [windows.means(i.start_ns, i.charged_ns, i.num_seqs) for i in decoding]
+    tokens = [windows.means(i.start_ns, i.charged_ns, i.num_tokens) for i in prefilling]
     steps = [windows.means(i.start_ns, i.charged_ns, i.charged_ns / 1e6) for i in instances]
     fill = [windows.means(i.start_ns, i.charged_ns, 100 * i.num_used_blocks / i.num_blocks) for i in instances]
     return [
         _utilization(instances, windows),
         Plot(
-            key="batch",
-            title="Rows of a step (requests in the batch, all ranks), mean over the steps' time",
-            traces=by_instance(instances, when, batches),
+            key="rows",
+            title=f"Requests in a step of {_roles(decoding)}, all ranks, mean over the steps' time",
+            traces=by_instance(decoding, when, rows),
             layout=x | {"yaxis": axis("requests")},
+        ),
+        Plot(
+            key="step-tokens",
+            title=f"Tokens computed by a step of {_roles(prefilling)}, mean over the steps' time",
+            traces=by_instance(prefilling, when, tokens, unit=" tok"),
+            layout=x | {"yaxis": axis("tokens [tok]")},
         ),
         Plot(
             key="step",
@@ -149,7 +158,7 @@ def _utilization(instances: tuple[InstanceColumns, ...], windows: Windows) -> Pl
         key="utilization",
         title=f"Share of time that an instance computes, windows of {windows.width_s:g} s",
         traces=[heat] if instances else [],
-        layout={"xaxis": time_axis(), "yaxis": {"autorange": "reversed", "ticks": "", "type": "category"}},
+        layout={"xaxis": time_axis(windows), "yaxis": {"autorange": "reversed", "ticks": "", "type": "category"}},
         height_px=min(110 + 26 * len(instances), 640),
         is_wide=True,
     )
@@ -175,7 +184,7 @@ def _pool(run: RunColumns, windows: Windows) -> Plot:
                 visible=True if used.max() > 0.3 * capacity else "legendonly",
             ),
         ]
-        layout = {"xaxis": time_axis(), "yaxis": axis(f"pool [{unit}]"), "showlegend": True}
+        layout = {"xaxis": time_axis(windows), "yaxis": axis(f"pool [{unit}]"), "showlegend": True}
     return Plot(
         key="pool",
         title="Shared pool, bytes of cached blocks",
@@ -234,6 +243,10 @@ def _breakdown(instances: tuple[InstanceColumns, ...]) -> Plot:
         is_wide=True,
         empty="no step was taken",
     )
+
+
+def _roles(instances: tuple[InstanceColumns, ...]) -> str:
+    return ", ".join(dict.fromkeys(i.role for i in instances))
 
 
 def _ends(instance: InstanceColumns) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Owns: `Plot`, the color of an instance, a role, a plane and a stream, and how values become JSON.
 Must not know: columns of a run beyond their instances, HTML.
-Source: figures are plotly.js's JSON (data, layout); colors from Okabe and Ito's palette, which the color-blind can read.
+Source: figures are plotly.js's JSON (data, layout); colors are those of Okabe and Ito, chosen for the color-blind.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from serving.simulation.columns import InstanceColumns
+from serving.simulation.windows import Windows
 
 Trace = dict[str, Any]
 MOST_LINES = 6  # instances of a role that get a line of their own; of more, the mean and the range are drawn
@@ -54,12 +55,14 @@ def numbers(values: ArrayLike, *, digits: int = 6) -> list[float | None]:
 def line(x: ArrayLike, y: ArrayLike, *, name: str, color: str, **more: Any) -> Trace:
     """A line; its gaps stay open, and a point between two gaps is drawn as a point."""
     ys = numbers(y)
-    is_broken = None in ys or len(ys) == 1
+    has_point = any(
+        y is not None and before is None and after is None
+        for before, y, after in zip([None, *ys[:-1]], ys, [*ys[1:], None], strict=True)
+    )
     style = {"color": color, "width": 1.6} | more.pop("line", {})
-    mode = "lines+markers" if is_broken else "lines"
-    return {"type": "scatter", "x": numbers(x), "y": ys, "name": name, "mode": mode, "line": style} | (
-        {"marker": {"size": 3}} if is_broken else {}
-    ) | more
+    mode = "lines+markers" if has_point or len(ys) <= 20 else "lines"
+    trace = {"type": "scatter", "x": numbers(x), "y": ys, "name": name, "mode": mode, "line": style, **more}
+    return trace | {"marker": {"size": 4}} if "markers" in mode else trace
 
 
 def by_instance(
@@ -113,9 +116,9 @@ def operator_colors(operators: Sequence[str]) -> dict[str, str]:
     return colors
 
 
-def time_axis() -> dict[str, Any]:
-    """Of simulated time."""
-    return {"title": {"text": "simulated time [s]"}, "rangemode": "tozero"}
+def time_axis(windows: Windows) -> dict[str, Any]:
+    """Of simulated time, as far as the run went, whatever the last point is."""
+    return {"title": {"text": "simulated time [s]"}, "range": [0, windows.end_ns / 1e9]}
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from serving.workload import Workload
 
 MOST_WINDOWS = 300  # of lines and heat maps
 MOST_PERCENTILE_WINDOWS = 120
+LEAST_ARRIVALS = 3  # in a window of throughput, on average; fewer make noise of it
 LEAST_PER_WINDOW = 10  # requests, on average, that percentiles over time are made of
 
 
@@ -62,10 +63,11 @@ def report_html(
         1,
     )
     windows = Windows.over(end_ns, most=MOST_WINDOWS)
+    load_windows = Windows.over(end_ns, most=min(max(len(requests) // LEAST_ARRIVALS, 12), MOST_WINDOWS))
     most = min(max(len(latencies.ttft_ms) // LEAST_PER_WINDOW, 1), MOST_PERCENTILE_WINDOWS)
     sections = [
         Section(title="Latency", plots=latency_plots(run, latencies, Windows.over(end_ns, most=most))),
-        Section(title="Load", plots=[*throughput_plots(run, windows), *queue_plots(run, windows)]),
+        Section(title="Load", plots=[*throughput_plots(run, load_windows), *queue_plots(run, windows)]),
         Section(title="Instances", plots=instance_plots(run, windows)),
         Section(title="Where tokens and bytes go", plots=flow_plots(run)),
     ]

@@ -121,7 +121,7 @@ def _table(table: Table) -> str:
 
 def _plot(plot: Plot) -> str:
     note = f'<p class="note">{escape(plot.note)}</p>' if plot.note else ""
-    opening = f'<div{" class=wide" if plot.is_wide else ""}><h3>{escape(plot.title)}</h3>{note}'
+    opening = f"<div{' class=wide' if plot.is_wide else ''}><h3>{escape(plot.title)}</h3>{note}"
     if not plot.traces:
         return f'{opening}<p class="empty">{escape(plot.empty[0].upper() + plot.empty[1:])}.</p></div>'
     layout = {**_LAYOUT, "height": plot.height_px, "xaxis": {}, "yaxis": {}, **plot.layout}

@@ -18,10 +18,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
-    """`count` windows of `width_ns` from 0 on."""
+    """`count` windows of `width_ns` from 0 on; the last one, cut at no end, holds `end_ns`."""
 
     width_ns: int
     count: int
+    end_ns: int
 
     @classmethod
     def over(cls, end_ns: int, *, most: int) -> "Windows":
@@ -32,12 +33,13 @@ class Windows:
         width_ns = next(
             factor * 10**power for power in range(20) for factor in (1, 2, 5) if factor * 10**power >= least_ns
         )
-        return cls(width_ns=width_ns, count=end_ns // width_ns + 1)
+        return cls(width_ns=width_ns, count=end_ns // width_ns + 1, end_ns=end_ns)
 
     @property
     def edges_ns(self) -> Floats:
         """Shape (count + 1,)."""
-        return np.arange(self.count + 1, dtype=np.float64) * self.width_ns
+        edges: Floats = np.arange(self.count + 1, dtype=np.float64) * self.width_ns
+        return edges
 
     @property
     def width_s(self) -> float:
@@ -82,7 +84,7 @@ class Windows:
         return self._integral(times, times + lengths, np.asarray(values, dtype=np.float64)) / self.width_ns
 
     def percentiles(self, times_ns: ArrayLike, values: ArrayLike, wanted: Sequence[float]) -> Floats:
-        """Of the values whose instant is in a window, interpolated linearly; shape (len(wanted), count), NaN if none."""
+        """Of the values whose instant is in a window, interpolated; shape (len(wanted), count), NaN if none."""
         places = np.clip(np.asarray(times_ns, dtype=np.int64) // self.width_ns, 0, self.count - 1)
         order = np.lexsort((np.asarray(values), places))
         ordered = np.asarray(values, dtype=np.float64)[order]
@@ -104,20 +106,24 @@ class Windows:
         upto = np.cumsum(values * (ends - starts))
         times = np.column_stack([starts, ends]).ravel()
         sums = np.column_stack([np.concatenate([[0.0], upto[:-1]]), upto]).ravel()
-        return np.diff(np.interp(self.edges_ns, times, sums))
+        integral: Floats = np.diff(np.interp(self.edges_ns, times, sums))
+        return integral
 
     def _time_since(self, instants: Floats) -> Floats:
         """At each edge, the times that have passed since each of the instants before it, added up."""
         ordered = np.sort(instants)
         sums = np.concatenate([[0.0], np.cumsum(ordered)])
         before = np.searchsorted(ordered, self.edges_ns, side="left")
-        return before * self.edges_ns - sums[before]
+        passed: Floats = before * self.edges_ns - sums[before]
+        return passed
 
 
 def weighted_quantiles(values: ArrayLike, counts: ArrayLike, shares: ArrayLike) -> Floats:
-    """Smallest value that at least a share of all reaches, each value occurring `counts` times."""
+    """Of values that occur `counts` times each, exactly as if they were written out; interpolated linearly."""
     order = np.argsort(np.asarray(values), kind="stable")
     ordered = np.asarray(values, dtype=np.float64)[order]
     upto = np.cumsum(np.asarray(counts, dtype=np.float64)[order])
-    places = np.searchsorted(upto, np.asarray(shares, dtype=np.float64) * upto[-1], side="left")
-    return ordered[np.minimum(places, len(ordered) - 1)]
+    ranks = np.asarray(shares, dtype=np.float64) * (upto[-1] - 1)
+    low, high = (ordered[np.searchsorted(upto, near, side="right")] for near in (np.floor(ranks), np.ceil(ranks)))
+    quantiles: Floats = low + (high - low) * (ranks - np.floor(ranks))
+    return quantiles

@@ -107,7 +107,9 @@ def made_run(
         for i in range(num_decode)
     ]
     if is_colocated:
-        decodes = [dataclasses.replace(c, instance_id=f"colocated-{i}", role="colocated") for i, c in enumerate(decodes)]
+        decodes = [
+            dataclasses.replace(c, instance_id=f"colocated-{i}", role="colocated") for i, c in enumerate(decodes)
+        ]
         prefills = []
     loads = np.flatnonzero((pooled > 0) & done)
     hand_overs = np.flatnonzero(done & (outputs > 1)) if not is_colocated else np.zeros(0, np.int64)
