@@ -235,7 +235,8 @@ def _cache(config: RunConfig, run: RunColumns) -> dict[str, float | int | None]:
     requests, block_size = run.requests, config.cache.block_size
     finished = requests.is_finished
     prompt, cached, pool = (
-        column[finished] for column in (requests.num_prompt_tokens, requests.num_cached_tokens, requests.num_pool_tokens)
+        column[finished]
+        for column in (requests.num_prompt_tokens, requests.num_cached_tokens, requests.num_pool_tokens)
     )
     prompt_blocks, cached_blocks = prompt // block_size, cached // block_size
 

@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 
 from serving.simulation.columns import RunColumns
 from serving.simulation.latencies import Latencies, phases_of
-from serving.simulation.plots import METRIC_COLORS, PERCENTILE_COLORS, Plot, Trace, axis, line, numbers, time_axis
+from serving.simulation.plots import (
+    METRIC_COLORS,
+    PERCENTILE_COLORS,
+    Plot,
+    Trace,
+    axis,
+    line,
+    log_axis,
+    numbers,
+    time_axis,
+)
 from serving.simulation.windows import Floats, Windows, weighted_quantiles
 
 MOST_POINTS = 3_000  # of a scatter plot; more are sampled by stride
@@ -59,7 +69,7 @@ def _distribution(latencies: Latencies) -> Plot:
         title="Distributions: share of requests (of gaps between tokens for ITL) within a time",
         traces=traces,
         layout={
-            "xaxis": {"type": "log", "title": {"text": "time [ms], logarithmic"}},
+            "xaxis": log_axis("time [ms], logarithmic", [x for trace in traces for x in trace["x"]]),
             "yaxis": axis("share [%]", range=[0, 1.01], tickformat=".0%"),
         },
         is_wide=True,
@@ -181,7 +191,7 @@ def _by_prompt(run: RunColumns) -> Plot:
     shown = done[::stride]
     is_pooled = requests.num_cached_tokens[shown] > 0
     ttft_ms = (requests.first_token_ns - requests.arrival_ns)[shown] / 1e6
-    traces = [
+    traces: list[Trace] = [
         {
             "type": "scatter",
             "mode": "markers",
@@ -202,8 +212,8 @@ def _by_prompt(run: RunColumns) -> Plot:
         title="TTFT against the prompt's length" + (f", every {stride}th finished request" if stride > 1 else ""),
         traces=traces,
         layout={
-            "xaxis": {"type": "log", "title": {"text": "prompt [tokens], logarithmic"}},
-            "yaxis": {"type": "log", "title": {"text": "TTFT [ms], logarithmic"}},
+            "xaxis": log_axis("prompt [tokens], logarithmic", requests.num_prompt_tokens[shown].tolist()),
+            "yaxis": log_axis("TTFT [ms], logarithmic", ttft_ms.tolist()),
         },
         is_wide=True,
         height_px=320,

@@ -16,6 +16,7 @@ from serving.simulation.plots import (
     axis,
     by_instance,
     line,
+    log_axis,
     numbers,
     operator_colors,
     time_axis,
@@ -108,6 +109,7 @@ def instance_plots(run: RunColumns, windows: Windows) -> list[Plot]:
     rows = [windows.means(i.start_ns, i.charged_ns, i.num_seqs) for i in decoding]
     tokens = [windows.means(i.start_ns, i.charged_ns, i.num_tokens) for i in prefilling]
     steps = [windows.means(i.start_ns, i.charged_ns, i.charged_ns / 1e6) for i in instances]
+    step_ms = [value for row in steps for value in numbers(row)]
     fill = [windows.means(i.start_ns, i.charged_ns, 100 * i.num_used_blocks / i.num_blocks) for i in instances]
     return [
         _utilization(instances, windows),
@@ -127,7 +129,7 @@ def instance_plots(run: RunColumns, windows: Windows) -> list[Plot]:
             key="step",
             title="Time of a step, mean over the steps' time",
             traces=by_instance(instances, when, steps, unit=" ms"),
-            layout=x | {"yaxis": axis("charged time [ms]", type="log", rangemode="normal")},
+            layout=x | {"yaxis": log_axis("charged time [ms], logarithmic", step_ms)},
         ),
         Plot(
             key="kv",

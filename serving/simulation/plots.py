@@ -5,6 +5,7 @@ Must not know: columns of a run beyond their instances, HTML.
 Source: figures are plotly.js's JSON (data, layout); colors are those of Okabe and Ito, chosen for the color-blind.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,6 +125,24 @@ def time_axis(windows: Windows) -> dict[str, Any]:
 def axis(title: str, **more: Any) -> dict[str, Any]:
     """An axis from 0."""
     return {"title": {"text": title}, "rangemode": "tozero"} | more
+
+
+def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
+    """A logarithmic axis over positive values, with plain labels at 1, 2 and 5 of each power of ten."""
+    known = [value for value in values if value is not None and value > 0] or [1.0]
+    low, high = min(known), max(known)
+    steps = (1, 2, 5) if high / low < 1e4 else (1,)
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    ticks = [factor * 10.0**power for power in powers for factor in steps]
+    margin = max(0.03 * math.log10(high / low), 0.01)
+    return {
+        "type": "log",
+        "title": {"text": title},
+        "tickmode": "array",
+        "tickvals": ticks,
+        "ticktext": [f"{tick:,.10g}" for tick in ticks],
+        "range": [math.log10(low) - margin, math.log10(high) + margin],
+    }
 
 
 def scaled_bytes(num_bytes: float) -> str:

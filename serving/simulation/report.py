@@ -5,25 +5,28 @@ Must not know: how a plot is made (latency_plots.py, load_plots.py, flow_plots.p
 """
 
 import dataclasses
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from serving.config import RunConfig
-from serving.records import OUTCOMES, Goodput
+from serving.records import Goodput
 from serving.simulation.columns import RunColumns
+from serving.simulation.figures import summarize_columns, throughput
 from serving.simulation.flow_plots import flow_plots
-from serving.simulation.latencies import Latencies, latencies_of
+from serving.simulation.latencies import latencies_of
 from serving.simulation.latency_plots import latency_plots
 from serving.simulation.load_plots import instance_plots, queue_plots, throughput_plots
 from serving.simulation.plots import scaled_bytes
 from serving.simulation.report_page import Section, Table, page
-from serving.simulation.windows import Floats, Windows, weighted_quantiles
+from serving.simulation.windows import Windows
+from serving.summary import Summary
 from serving.workload import Workload
 
 MOST_WINDOWS = 300  # of lines and heat maps
 MOST_PERCENTILE_WINDOWS = 120
+PERCENTILES = (50.0, 90.0, 99.0)
+_RATE_LABELS = {"output": "output", "prefill": "prefill, computed", "decode": "decode, sampled"}
 LEAST_ARRIVALS = 3  # in a window of throughput, on average; fewer make noise of it
 LEAST_PER_WINDOW = 10  # requests, on average, that percentiles over time are made of
 
@@ -55,6 +58,7 @@ def report_html(
 ) -> str:
     """The page itself."""
     requests, latencies = run.requests, latencies_of(run)
+    summary = summarize_columns(run, percentiles=PERCENTILES, goodput=goodput)
     end_ns = max(
         round(run.simulated_s * 1e9),
         int(requests.arrival_ns.max(initial=0)),
@@ -75,38 +79,23 @@ def report_html(
     return page(
         title=title,
         subtitle="Simulated time throughout: of the charged model on the charged hardware.",
-        warnings=_warnings(run),
-        tables=[_setting(config, workload, run, name), _figures(run, goodput, latencies), _latency_table(latencies)],
+        warnings=_warnings(run, summary),
+        tables=[_setting(config, workload, run, name), _figures(config, run, summary), _latency_table(summary)],
         sections=sections,
     )
 
 
-def _warnings(run: RunColumns) -> list[str]:
+def _warnings(run: RunColumns, summary: Summary) -> list[str]:
     warnings = []
     if run.interrupted:
         warnings.append(
             f"The run was interrupted at {run.simulated_s:,.6g} s of simulated time; "
             f"{run.num_not_arrived:,} requests of the workload had not arrived."
         )
-    outcomes = np.bincount(run.requests.outcome, minlength=len(OUTCOMES))
-    if not outcomes[0]:
+    if not summary.completed:
         warnings.append("No request finished.")
-    unfinished = ~run.requests.is_finished
-    reasons = Counter(
-        {
-            f"{OUTCOMES[outcome]}: {run.requests.reasons[reason]}": int(count)
-            for (outcome, reason), count in zip(
-                *np.unique(
-                    np.column_stack([run.requests.outcome[unfinished], run.requests.reason[unfinished]]),
-                    axis=0,
-                    return_counts=True,
-                ),
-                strict=True,
-            )
-        }
-    )
-    if reasons:
-        warnings.append("Not finished: " + ", ".join(f"{count:,} {why}" for why, count in reasons.most_common()))
+    if summary.reasons:
+        warnings.append("Not finished: " + ", ".join(f"{n:,} {why}" for why, n in summary.reasons.items()) + ".")
     return warnings
 
 
@@ -128,63 +117,44 @@ def _setting(config: RunConfig, workload: Workload, run: RunColumns, name: str |
     return Table(rows=rows, has_numbers=False)
 
 
-def _figures(run: RunColumns, goodput: Goodput | None, latencies: Latencies) -> Table:
-    requests, done = run.requests, run.requests.is_finished
-    duration_s = run.simulated_s
-    per_s = 1.0 / duration_s if duration_s > 0 else 0.0
-    num_input = int(requests.num_prompt_tokens[done].sum(dtype=np.int64))
-    num_output = int(requests.num_output_tokens[done].sum(dtype=np.int64))
-    num_cached = int(requests.num_cached_tokens[done].sum(dtype=np.int64))
+def _figures(config: RunConfig, run: RunColumns, summary: Summary) -> Table:
     rows = [
-        ("duration", f"{duration_s:,.6g} s"),
-        ("completed", f"{done.sum():,} of {len(requests):,}"),
-        ("requests", f"{done.sum() * per_s:,.4g} /s"),
-        ("input", f"{num_input * per_s:,.0f} tok/s"),
-        ("output", f"{num_output * per_s:,.0f} tok/s"),
+        ("duration", f"{summary.duration_s:,.6g} s"),
+        ("completed", f"{summary.completed:,} of {len(run.requests):,}"),
+        ("requests", f"{summary.request_throughput:,.4g} /s"),
+        ("input and output", f"{summary.total_token_throughput:,.0f} tok/s"),
     ]
+    for kind, rates in throughput(config, run).items():
+        per_npu = f"{rates['tokens_per_s_per_npu']:,.4g} tok/s per NPU ({rates['num_npus']})"
+        rows += [(_RATE_LABELS[kind], f"{rates['tokens_per_s']:,.0f} tok/s"), ("", per_npu)]
     for role in dict.fromkeys(instance.role for instance in run.instances):
         members = [instance for instance in run.instances if instance.role == role]
-        npus = sum(instance.num_npus for instance in members)
-        busy = sum(instance.busy_ns for instance in members) / 1e9 / len(members)
-        column = "num_tokens" if role == "prefill" else "num_sampled"
-        tokens = sum(int(getattr(instance, column).sum(dtype=np.int64)) for instance in members)
-        kind = "computed" if role == "prefill" else "sampled"
-        rows.append((f"{role}, {kind}", f"{tokens * per_s / npus:,.4g} tok/s per NPU"))
-        rows.append((f"{role}, busy", f"{100 * busy * per_s:.1f} %"))
-    rows.append(("prompt tokens cached", f"{100 * num_cached / num_input:.1f} %" if num_input else "-"))
+        busy_s = sum(instance.busy_ns for instance in members) / 1e9 / len(members)
+        rows.append((f"{role}, busy", f"{100 * busy_s / summary.duration_s:.1f} %" if summary.duration_s else "-"))
+    rate = summary.cache_hit_rate
+    rows.append(("prompt tokens cached", "-" if rate is None else f"{100 * rate:.1f} %"))
     if run.pool is not None:
         asked = run.pool.num_hits + run.pool.num_misses
         rows.append(("pool blocks found", f"{100 * run.pool.num_hits / asked:.1f} %" if asked else "-"))
         rows.append(("pool blocks evicted", f"{run.pool.num_evicted:,}"))
     if run.num_drafts:
         rows.append(("drafts accepted", f"{100 * run.num_accepted / run.num_drafts:.1f} %"))
-    rows.append(("preemptions", f"{requests.num_preemptions.sum(dtype=np.int64):,}"))
-    if goodput is not None:
-        limits = {k.removesuffix("_ms"): v for k, v in dataclasses.asdict(goodput).items() if v is not None}
-        good = np.ones(len(latencies.ttft_ms), dtype=np.bool_)
-        for metric, limit_ms in limits.items():
-            good &= np.nan_to_num(getattr(latencies, f"{metric}_ms")) <= limit_ms
-        wanted = ", ".join(f"{metric.upper()} {limit:g} ms" for metric, limit in limits.items())
-        rows.append((f"goodput ({wanted})", f"{good.sum() * per_s:,.4g} /s"))
+    rows.append(("preemptions", f"{run.requests.num_preemptions.sum(dtype=np.int64):,}"))
+    if summary.goodput is not None:
+        limits = {name: limit for name, limit in dataclasses.asdict(summary.goodput).items() if limit is not None}
+        wanted = ", ".join(f"{name.removesuffix('_ms').upper()} {limit:g} ms" for name, limit in limits.items())
+        share = summary.slo_attainment["simulated"]
+        rows.append((f"goodput ({wanted})", f"{summary.request_goodput:,.4g} /s"))
+        rows.append(("within these", "-" if share is None else f"{100 * share:.1f} %"))
     if run.wall_s:
         rows.append(("simulated in", f"{run.wall_s:,.3g} s, {scaled_bytes(run.peak_rss_bytes)} at most"))
     return Table(rows=rows)
 
 
-def _latency_table(latencies: Latencies) -> Table:
+def _latency_table(summary: Summary) -> Table:
     rows = []
-    for label, values, counts in (
-        ("TTFT", latencies.ttft_ms, None),
-        ("TPOT", latencies.tpot_ms[~np.isnan(latencies.tpot_ms)], None),
-        ("ITL", latencies.gap_ms, latencies.gap_counts),
-        ("E2EL", latencies.e2el_ms, None),
-    ):
-        rows.append((label, *(f"{value:,.2f}" for value in _statistics(values, counts))) if values.size else (label,))
-    return Table(header=("ms", "mean", "p50", "p90", "p99", "max"), rows=rows)
-
-
-def _statistics(values: Floats, counts: Floats | None) -> list[float]:
-    if counts is None:
-        return [float(values.mean()), *np.percentile(values, [50, 90, 99]).tolist(), float(values.max())]
-    quantiles = weighted_quantiles(values, counts, [0.5, 0.9, 0.99, 1.0])
-    return [float(np.average(values, weights=counts)), *quantiles.tolist()]
+    for metric, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "E2EL"), ("queue", "queue")):
+        values = summary.simulated.get(metric)
+        cells = [] if values is None else [values.mean_ms, *values.percentiles.values()]
+        rows.append((label, *(f"{value:,.2f}" for value in cells)))
+    return Table(header=("ms", "mean", *(f"p{p:g}" for p in PERCENTILES)), rows=rows)
