@@ -38,8 +38,7 @@ class Windows:
     @property
     def edges_ns(self) -> Floats:
         """Shape (count + 1,)."""
-        edges: Floats = np.arange(self.count + 1, dtype=np.float64) * self.width_ns
-        return edges
+        return np.asarray(np.arange(self.count + 1) * self.width_ns, dtype=np.float64)
 
     @property
     def width_s(self) -> float:
