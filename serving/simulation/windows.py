@@ -38,7 +38,8 @@ class Windows:
     @property
     def edges_ns(self) -> Floats:
         """Shape (count + 1,)."""
-        return np.asarray(np.arange(self.count + 1) * self.width_ns, dtype=np.float64)
+        edges: NDArray[np.int64] = np.arange(self.count + 1, dtype=np.int64) * self.width_ns
+        return edges.astype(np.float64)
 
     @property
     def width_s(self) -> float:
