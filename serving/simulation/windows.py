@@ -38,8 +38,7 @@ class Windows:
     @property
     def edges_ns(self) -> Floats:
         """Shape (count + 1,)."""
-        edges: NDArray[np.int64] = np.arange(self.count + 1, dtype=np.int64) * self.width_ns
-        return edges.astype(np.float64)
+        return np.linspace(0.0, float(self.count * self.width_ns), self.count + 1)
 
     @property
     def width_s(self) -> float:
