@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
-from serving.arrivals import generator_for
 from serving.bench_client import BenchClient, RenderText
 from serving.bench_config import BenchConfig
 from serving.bench_stream import StreamRecorder
@@ -30,7 +29,8 @@ from serving.records import RequestRecord
 from serving.report import BenchResult, RunInfo, needed_percentiles
 from serving.spec_decode import SpecDecodeStats, stats_between
 from serving.summary import summarize
-from serving.workload import Piece, Workload, WorkloadRequest, to_ns
+from serving.workloads.arrivals import generator_for
+from serving.workloads.workload import Piece, Workload, WorkloadRequest, to_ns
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from serving.core.request import Request, RequestState
 from serving.frontend import Frontend
 from serving.messages import SamplingParams, TokenLogprobs
 from serving.records import Outcome, RequestRecord, Timing
-from serving.workload import Workload, WorkloadRequest
+from serving.workloads.workload import Workload, WorkloadRequest
 
 OUTCOME_OF_STATE: dict[RequestState, Outcome] = {
     RequestState.FINISHED: "finished",

@@ -12,7 +12,7 @@ import time
 from serving.config import RunConfig
 from serving.simulation.columns import RunColumns
 from serving.simulation.plain import run_plain
-from serving.workload import Workload
+from serving.workloads.workload import Workload
 
 
 def simulate(config: RunConfig, workload: Workload, *, moves: bool = False, digest: bool = False) -> RunColumns:

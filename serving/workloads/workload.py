@@ -2,7 +2,7 @@
 
 Owns: `WorkloadRequest` and `Workload` (requests in arrival order, with a digest of all that matters), the
 synthetic workload, and how the tokens of a prompt follow from its content.
-Must not know: HTTP, clocks, models, trace files (serving/traces.py), how requests are sent.
+Must not know: HTTP, clocks, models, trace files (serving/workloads/traces.py), how requests are sent.
 Source: `vllm bench serve` random and prefix_repetition data sets for the synthetic parameters; Mooncake's
 traces for content given as hash ids.
 
@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.arrivals import Arrivals, generator_for
 from serving.errors import ConfigError
+from serving.workloads.arrivals import Arrivals, generator_for
 
 # Safe for any vocabulary of at least 256 tokens whose special tokens are first or last.
 DEFAULT_VOCABULARY = range(16, 256)

@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from serving.arrivals import Arrivals
 from serving.errors import ConfigError
-from serving.workload import (
+from serving.workloads.arrivals import Arrivals
+from serving.workloads.workload import (
     Piece,
     Workload,
     WorkloadRequest,
