@@ -28,8 +28,9 @@ from serving.summary import summarize
 from serving.transport import Transport
 from serving.workload_run import WorkloadRun
 from serving.workloads.arrivals import Arrivals
+from serving.workloads.synthetic import synthetic_workload
 from serving.workloads.traces import TraceOptions, load_trace
-from serving.workloads.workload import Workload, synthetic_workload
+from serving.workloads.workload import Workload
 
 FIRST_TEXT_TOKEN = 16  # of prompts made from random ids: above the control tokens of the shipped tokenizer
 
@@ -143,6 +144,7 @@ def drive(
                 clock=clock,
                 block_size=config.cache.block_size,
                 closed_loop=config.workload.max_concurrency,
+                reads_tokens=open_transport is not None,
             )
             cluster.start()
             try:

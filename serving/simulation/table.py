@@ -61,10 +61,11 @@ def _instance_rows(instances: Sequence[Figures]) -> list[str]:
     for name, group in groups.items():
         steps = [instance["steps"] for instance in group]
         batch = [instance["mean_batch"] for instance in group]
+        queue, kv = ([instance[key]["mean"] for instance in group] for key in ("queue", "kv_occupancy"))
         label = name if len(group) == 1 else f"{name} x{len(group)}"
         rows.append(
             f"{label:<12}{100 * _mean(i['busy_share'] for i in group):>7.1f}{_mean(steps):>8.0f}{_mean(batch):>8.1f}"
-            f"{_mean(i['queue']['mean'] for i in group):>7.1f}{100 * _mean(i['kv_occupancy']['mean'] for i in group):>8.1f}"
+            f"{_mean(queue):>7.1f}{100 * _mean(kv):>8.1f}"
         )
         if len(group) > 1:
             busy = [100 * i["busy_share"] for i in group]

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from serving.errors import ConfigError, ServingError, shown
 from serving.workloads.arrivals import generator_for
-from serving.workloads.workload import DEFAULT_VOCABULARY, Piece, Workload, WorkloadRequest
+from serving.workloads.requests import Piece, WorkloadRequest
+from serving.workloads.workload import DEFAULT_VOCABULARY, Workload
 
 MOONCAKE_BLOCK_SIZE = 512
 MOONCAKE_SPREAD_MS = 3000.0
