@@ -19,6 +19,7 @@ from serving.cluster import Cluster
 from serving.config import RunConfig
 from serving.core.event_log import EventLog
 from serving.core.ids import RequestId
+from serving.core.request import Request
 from serving.engine_run import StepRecord
 from serving.expert_load import ExpertLoad
 from serving.frontend import Frontend
@@ -126,9 +127,12 @@ def drive(
     close_transport: Callable[[], Awaitable[None]] | None = None,
     keep_events: bool = False,
     on_step: Callable[[StepRecord], None] = lambda record: None,
+    on_outcome: Callable[[Request], None] = lambda request: None,
     watch: Callable[[Cluster], None] = lambda cluster: None,
 ) -> VirtualRun:
-    """As `run_in_virtual_time`. `on_step` hears of every step; `watch` gets the cluster before it starts."""
+    """As `run_in_virtual_time`. `on_step` hears of every step, `on_outcome` of every request that is over; `watch` gets
+    the cluster before it starts.
+    """
 
     async def main(clock: VirtualClock) -> VirtualRun:
         log = EventLog(keep=keep_events)
@@ -137,7 +141,7 @@ def drive(
         try:
             cluster = build_cluster(config, clock=clock, log=log, transport=transport, on_step=on_step)
             watch(cluster)
-            frontend = Frontend(cluster, tokenizer=None, on_outcome=lambda request, times, instance_id: None)
+            frontend = Frontend(cluster, tokenizer=None, on_outcome=lambda request, *_: on_outcome(request))
             run = WorkloadRun(
                 workload,
                 frontend=frontend,
