@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +40,10 @@ def simulate(
     requests_file: Annotated[
         Path | None, _file("--requests", "Write every request's timeline to this .parquet or .csv.")
     ] = None,
+    report_file: Annotated[Path | None, _file("--report", "Write plots of the run to this .html file.")] = None,
+    perfetto_file: Annotated[
+        Path | None, _file("--perfetto", "Write a trace for ui.perfetto.dev to this .json or .json.gz file.")
+    ] = None,
     digest: Annotated[bool, typer.Option("--digest", help="Print the digest of all events, as replay does.")] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse a workload with a request that is too long.")
@@ -58,11 +63,18 @@ def simulate(
     objectives = parse_goodput(goodput or [])
     if requests_file is not None:
         check_export(requests_file)
+    _check_pictures(report_file, perfetto_file)
     workload = load_workload(settings, trace=trace, trace_divisor=trace_divisor)
     if strict:
         check_served(settings, workload)
     with _bar(len(workload)) as on_progress:
-        run = run_simulation(settings, workload, digest=digest, on_progress=on_progress)
+        run = run_simulation(
+            settings,
+            workload,
+            moves=perfetto_file is not None or report_file is not None,
+            digest=digest,
+            on_progress=on_progress,
+        )
     result = bench_result(settings, workload, run, goodput=objectives)
     figures = figures_of(settings, run, result)
     typer.echo(format_table(replace(result, held_at_rest=None), more_rows=simulation_rows(figures)))
@@ -70,6 +82,14 @@ def simulate(
         json_file.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     if requests_file is not None:
         write_requests(run, requests_file)
+    if report_file is not None:
+        from serving.simulation.report import write_report
+
+        write_report(settings, workload, run, report_file, name=config, goodput=objectives)
+    if perfetto_file is not None:
+        from serving.simulation.perfetto import write_trace
+
+        typer.echo(write_trace(settings, run, perfetto_file), err=True)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 
@@ -86,6 +106,14 @@ def check_served(config: "RunConfig", workload: "Workload") -> None:
             f"{workload.max_tokens[first]} tokens exceed max_model_len {limit}; {too_long.size} of {len(workload)} "
             f"requests cannot be served"
         )
+
+
+def _check_pictures(report_file: Path | None, perfetto_file: Path | None) -> None:
+    """Before the run, not after it."""
+    if report_file is not None and find_spec("plotly") is None:
+        raise ConfigError(f"--report: {report_file}: needs plotly: pip install 'supernode-infer[report]'")
+    if perfetto_file is not None and not perfetto_file.name.endswith((".json", ".json.gz")):
+        raise ConfigError(f"--perfetto: {perfetto_file}: the suffix must be .json or .json.gz")
 
 
 @contextmanager

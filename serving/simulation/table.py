@@ -10,7 +10,7 @@ from typing import Any
 from serving.report import WIDTH, row
 
 MAX_INSTANCE_ROWS = 16  # above it a role's instances share one row
-MAX_OPERATORS = 10  # of the breakdown of a step; the rest in one row
+MAX_OPERATORS = 7  # of the breakdown of a step; the rest in one row
 
 Figures = Mapping[str, Any]
 
@@ -45,12 +45,13 @@ def _service_rows(figures: Figures) -> list[str]:
 
 
 def _throughput_rows(throughput: Figures) -> list[str]:
-    rows = ["Throughput".center(WIDTH, "-"), f"{'tok/s':<12}{'NPUs':>6}{'total':>11}{'/NPU':>8}{'busy':>7}{'/TF':>6}"]
+    head = f"{'tok/s':<8}{'NPUs':>5}{'all':>11}{'per NPU':>9}{'busy':>8}{'/TFLOPS':>9}"
+    rows = ["Throughput".center(WIDTH, "-"), head]
     for name, rates in throughput.items():
         busy = rates["busy_tokens_per_s_per_npu"]
         rows.append(
-            f"{name:<12}{rates['num_npus']:>6}{rates['tokens_per_s']:>11.0f}{rates['tokens_per_s_per_npu']:>8.0f}"
-            f"{'-' if busy is None else f'{busy:.0f}':>7}{rates['tokens_per_s_per_tflops']:>6.2f}"
+            f"{name:<8}{rates['num_npus']:>5}{rates['tokens_per_s']:>11.0f}{rates['tokens_per_s_per_npu']:>9.0f}"
+            f"{'-' if busy is None else f'{busy:.0f}':>8}{rates['tokens_per_s_per_tflops']:>9.3f}"
         )
     return rows
 
