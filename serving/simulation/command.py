@@ -67,14 +67,9 @@ def simulate(
     workload = load_workload(settings, trace=trace, trace_divisor=trace_divisor)
     if strict:
         check_served(settings, workload)
+    moves = report_file is not None or perfetto_file is not None
     with _bar(len(workload)) as on_progress:
-        run = run_simulation(
-            settings,
-            workload,
-            moves=perfetto_file is not None or report_file is not None,
-            digest=digest,
-            on_progress=on_progress,
-        )
+        run = run_simulation(settings, workload, moves=moves, digest=digest, on_progress=on_progress)
     result = bench_result(settings, workload, run, goodput=objectives)
     figures = figures_of(settings, run, result)
     typer.echo(format_table(replace(result, held_at_rest=None), more_rows=simulation_rows(figures)))
