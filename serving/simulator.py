@@ -130,7 +130,7 @@ def drive(
 ) -> VirtualRun:
     """As `run_in_virtual_time`, with events in `log`.
 
-    `on_step` hears of every step, `on_outcome` of every request that is over; `watch` gets the cluster before it starts.
+    `on_step` hears of every step, `on_outcome` of every request that is over, `watch` of the cluster before it starts.
     """
 
     async def main(clock: VirtualClock) -> VirtualRun:
