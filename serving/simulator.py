@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from serving.core.request import Request
 from serving.engine_run import StepRecord
 from serving.expert_load import ExpertLoad
 from serving.frontend import Frontend
-from serving.report import BenchResult, RunInfo, needed_percentiles
+from serving.report import BenchResult, needed_percentiles
+from serving.run_info import run_info
 from serving.spec_decode import SpecDecodeStats
 from serving.summary import summarize
 from serving.transport import Transport
@@ -184,22 +184,6 @@ def _bench_result(config: RunConfig, workload: Workload, run: VirtualRun, *, wal
         cluster=cluster_figures(cluster) | {"simulated_s": run.simulated_s, "wall_s": wall_s, "digest": digest},
         interrupted=run.interrupted,
         num_not_sent=len(workload) - len(run.workload_run.requests),
-    )
-
-
-def run_info(config: RunConfig, workload: Workload) -> RunInfo:
-    """What is run, for the head of a result."""
-    section = config.workload
-    return RunInfo(
-        date=datetime.now().strftime("%Y%m%d-%H%M%S"),
-        backend="simulated",
-        model_id=config.model.served_model_name,
-        num_prompts=len(workload),
-        request_rate=math.inf if section.request_rate == "inf" else section.request_rate,
-        burstiness=section.burstiness,
-        max_concurrency=section.max_concurrency,
-        workload=workload.name,
-        workload_digest=workload.digest,
     )
 
 

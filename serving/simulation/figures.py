@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from serving.config import Role, RunConfig
 from serving.records import OUTCOMES, Goodput
 from serving.report import BenchResult, needed_percentiles, to_json
+from serving.run_info import run_info
 from serving.simulation.columns import InstanceColumns, RunColumns
 from serving.simulation.usage import admission_figures, instance_figures, phase_figures, plane_figures, pool_figures
-from serving.simulator import run_info
 from serving.spec_decode import SpecDecodeStats
 from serving.summary import RequestCounts, Summary, summary_of
 from serving.timings import Floats, Timings, TokenTimes

@@ -75,7 +75,8 @@ def test_strict_names_the_first_request_that_cannot_be_served(make_config):
     with pytest.raises(ConfigError) as refused:
         check_served(config, Workload(name="given", requests=requests))
     assert str(refused.value) == (
-        "--strict: request r1: prompt_too_long: 100 + 29 tokens exceed max_model_len 128; 2 of 4 requests cannot be served"
+        "--strict: request r1: prompt_too_long: 100 + 29 tokens exceed max_model_len 128; "
+        "2 of 4 requests cannot be served"
     )
 
 
@@ -96,12 +97,12 @@ def test_a_mistake_is_told_before_the_run(supernode, tmp_path, monkeypatch, argu
 
 INTERRUPTED = """
 import os, signal, sys
-import serving.simulation.run as run
+import serving.simulation.plain as plain
 from serving import cli
-from serving.simulation.plain import run_plain
+run_plain = plain.run_plain
 def interrupted(config, workload, *, on_progress, **options):
     return run_plain(config, workload, on_progress=lambda n: n == 9 and os.kill(os.getpid(), signal.SIGINT), **options)
-run.run_plain = interrupted
+plain.run_plain = interrupted
 sys.argv = ["supernode", *sys.argv[1:]]
 cli.main()
 """
