@@ -98,11 +98,6 @@ class PoolIndex:
         return {host_id: host.used_bytes for host_id, host in self._hosts.items()}
 
     @property
-    def used_bytes_by_host(self) -> tuple[int, ...]:
-        """The same per host, in the order of the hosts."""
-        return tuple(self._used.values())
-
-    @property
     def capacity_bytes(self) -> int:
         """Of all hosts."""
         return sum(host.capacity_bytes for host in self._hosts.values())
