@@ -22,7 +22,7 @@ from serving.simulation.report_page import Section, Table, page
 from serving.simulation.windows import Windows
 from serving.summary import Summary
 from serving.timings import METRICS
-from serving.workload import Workload
+from serving.workloads.workload import Workload
 
 MOST_WINDOWS = 300  # of lines and heat maps
 MOST_PERCENTILE_WINDOWS = 120

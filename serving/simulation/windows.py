@@ -47,7 +47,8 @@ class Windows:
     @property
     def middles_s(self) -> Floats:
         """Shape (count,), seconds."""
-        return (np.arange(self.count) + 0.5) * self.width_s
+        middles: Floats = (np.arange(self.count) + 0.5) * self.width_s
+        return middles
 
     def totals(self, times_ns: ArrayLike, values: ArrayLike | None = None) -> Floats:
         """Sum of `values`, or number, of the instants in each window."""

@@ -19,7 +19,8 @@ from serving.simulation.figures import summarize_columns
 from serving.simulation.latencies import latencies_of, phases_of
 from serving.simulation.plots import MOST_LINES, log_axis, numbers, scaled_bytes
 from serving.simulation.report import report_html, write_report
-from serving.workload import Workload, synthetic_workload
+from serving.workloads.synthetic import synthetic_workload
+from serving.workloads.workload import Workload
 
 MakeRun = Callable[..., RunColumns]
 MakeConfig = Callable[..., RunConfig]
