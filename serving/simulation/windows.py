@@ -47,8 +47,7 @@ class Windows:
     @property
     def middles_s(self) -> Floats:
         """Shape (count,), seconds."""
-        middles: Floats = (np.arange(self.count) + 0.5) * self.width_s
-        return middles
+        return np.arange(0.5, self.count, dtype=np.float64) * self.width_s
 
     def totals(self, times_ns: ArrayLike, values: ArrayLike | None = None) -> Floats:
         """Sum of `values`, or number, of the instants in each window."""
