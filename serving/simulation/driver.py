@@ -10,6 +10,7 @@ happens at the same instant comes in the same order. Both ways note the same eve
 """
 
 import heapq
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -32,6 +33,8 @@ from serving.simulation.move_notes import MoveNotes
 from serving.simulation.prefill_instance import PrefillInstance
 from serving.workloads.workload import Workload
 
+PROGRESS_REQUESTS = 1024  # are over between two words of progress
+
 
 class Driver:
     """One run of a disaggregated configuration."""
@@ -53,6 +56,7 @@ class Driver:
         moves: MoveNotes,
         kv_bytes_per_token: int,
         hidden_state_bytes: int,
+        on_progress: Callable[[int], None],
     ) -> None:
         """`room`: of all decode ranks, instance after instance, kept up to date by their instances."""
         self._config = config
@@ -69,6 +73,8 @@ class Driver:
         self._moves = moves
         self._kv_bytes_per_token = kv_bytes_per_token
         self._hidden_state_bytes = hidden_state_bytes
+        self._on_progress = on_progress
+        self._num_over = 0
         self._block_size = config.cache.block_size
         self._max_num_seqs = config.instances["decode"].max_num_seqs
         self._max_queued = config.scheduler.max_queued_requests
@@ -444,6 +450,9 @@ class Driver:
             )
         self._notes.write(life, reason)
         self.end_ns = self._loop.now_ns
+        self._num_over += 1
+        if not self._num_over % PROGRESS_REQUESTS:
+            self._on_progress(self._num_over)
         del self._lives[life.index]
 
     def _leave_prefill(self, life: Life) -> None:

@@ -5,6 +5,7 @@ Must not know: asyncio, tensors, how the parts decide.
 """
 
 import gc
+from collections.abc import Callable
 
 import numpy as np
 
@@ -53,9 +54,11 @@ def run_fast(
     moves: bool = False,
     digest: bool = False,
     max_run_steps: int = MAX_RUN_STEPS,
+    on_progress: Callable[[int], None] = lambda num_over: None,
 ) -> RunColumns:
     """Run `workload`. `wall_s` and `peak_rss_bytes` are left at zero. Ctrl-C ends it early.
 
+    `on_progress` is told now and then how many requests are over; `max_run_steps` changes no result.
     Raises AssertionError if the run contradicts itself in the end. `config` has prefill and decode instances.
     """
     loop, fabric, log = EventLoop(), Fabric(config.hardware), EventLog() if digest else None
@@ -148,6 +151,7 @@ def run_fast(
         moves=move_notes,
         kv_bytes_per_token=kv_bytes_per_token(config),
         hidden_state_bytes=hidden_state_bytes(config),
+        on_progress=on_progress,
     )
     interrupted = _run(loop, driver)
     held = {
