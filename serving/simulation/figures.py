@@ -110,7 +110,7 @@ def figures_of(config: RunConfig, run: RunColumns, result: BenchResult) -> dict[
         "cache": _cache(config, run),
         "admission_queue": admission_figures(run),
         "phases_ms": phase_figures(run),
-        "instances": [instance_figures(instance, run.simulated_s) for instance in run.instances],
+        "instances": [instance_figures(run, index) for index in range(len(run.instances))],
         "planes": {plane: plane_figures(totals, run.simulated_s) for plane, totals in sorted(run.planes.items())},
         "pool": None if run.pool is None else pool_figures(run.pool, run.simulated_s),
         "machine": {
