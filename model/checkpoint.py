@@ -81,13 +81,8 @@ def write_random_checkpoint(directory: str | Path, config: ModelConfig, seed: in
     Raises ValueError if the byte-level tokenizer does not fit the model's vocabulary or its bos and eos ids.
     """
     directory = Path(directory)
-    tokenizer = Tokenizer.byte_level(config.vocab_size)
-    for name in ("bos_token_id", "eos_token_id"):
-        if getattr(config, name) != getattr(tokenizer, name):
-            raise ValueError(f"{name}: {getattr(config, name)} differs from the tokenizer's {getattr(tokenizer, name)}")
-    directory.mkdir(parents=True, exist_ok=True)
+    write_byte_tokenizer(directory, config)
     save_file(random_tensors(config, seed), directory / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save(directory / "tokenizer.json")
     write_json(directory / "config.json", config.to_dict())
     write_json(
         directory / "generation_config.json",
@@ -110,6 +105,16 @@ def write_random_checkpoint(directory: str | Path, config: ModelConfig, seed: in
             "clean_up_tokenization_spaces": False,
         },
     )
+
+
+def write_byte_tokenizer(directory: str | Path, config: ModelConfig) -> None:
+    """Write tokenizer.json alone: all that is needed where nothing is computed. Raises ValueError as above."""
+    tokenizer = Tokenizer.byte_level(config.vocab_size)
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(config, name) != getattr(tokenizer, name):
+            raise ValueError(f"{name}: {getattr(config, name)} differs from the tokenizer's {getattr(tokenizer, name)}")
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(Path(directory) / "tokenizer.json")
 
 
 def _block_specs(config: ModelConfig, layer: int, *, is_moe: bool) -> Iterator[TensorSpec]:

@@ -69,11 +69,11 @@ class LiveRun:
             self.session = Session()
             stack.callback(self._close_session)
             if self._shards == "torch":
+                self.devices = stack.enter_context(RayDevices(config, self.session, address=self._address))
                 num_hosts = len(host_plans(config))
                 print(f"booting {config.total_npus} NPUs, {num_hosts} hosts ...", file=sys.stderr, flush=True)
-                self.devices = stack.enter_context(RayDevices(config, self.session, address=self._address))
             with self._interrupts.raised():
-                self.checkpoint = checkpoint_directory(config, self.session)
+                self.checkpoint = checkpoint_directory(config, self.session, with_weights=self.devices is not None)
                 if self.devices is not None:
                     self.devices.start(self.checkpoint)
         except BaseException:

@@ -50,11 +50,18 @@ class Placed:
     decode: Engine | None = None  # None: colocated
     decode_hold: Hold | None = None
     decode_blocks: BlockIds | None = None
+    has_left_prefill: bool = False
 
     @property
     def is_disaggregated(self) -> bool:
         """Whether another instance decodes."""
         return self.decode is not None
+
+    def leave_prefill(self) -> None:
+        """The request's life needs its prefill instance no longer; it leaves once."""
+        if not self.has_left_prefill:
+            self.has_left_prefill = True
+            self.prefill_hold.release()
 
     async def released(self) -> None:
         """Wait until nothing of it is held."""
