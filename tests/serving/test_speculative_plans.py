@@ -121,7 +121,7 @@ def test_figures_of_a_simulated_run_follow_the_assumed_acceptance(make_config):
     assert tpots[0] > plain.summary.simulated["tpot"].mean_ms > tpots[1]  # a module that guesses nothing costs time
 
 
-def test_acceptance_is_drawn_by_request_and_position(make_config):
+def test_acceptance_is_drawn_by_request(make_config):
     """Not by the batch, nor by the scheduler: the same drafts are right in a crowd and alone."""
     config = make_config("colocated", FEW, ON)
     crowded = simulate(config, load_workload(config)).bench.records
