@@ -184,8 +184,8 @@ def bench(
     from serving.bench import run_bench_until_interrupt
     from serving.bench_config import BenchConfig, parse_metrics, parse_pairs, parse_percentiles
     from serving.records import parse_goodput
-    from serving.traces import TraceOptions, load_trace
-    from serving.workload import synthetic_workload
+    from serving.workloads.synthetic import synthetic_workload
+    from serving.workloads.traces import TraceOptions, load_trace
 
     try:
         body = json.loads(extra_body)

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serving.arrivals import RampUp
 from serving.records import RequestRecord, Timing
 from serving.spec_decode import SpecDecodeStats
 from serving.summary import ClockName, Summary, summarize
 from serving.timings import METRICS, Distribution, Metric
+from serving.workloads.arrivals import RampUp
 
 WIDTH = 50
 REPORT_PERCENTILES = (50.0, 90.0, 99.0)  # in every JSON file and in our section, whatever else is asked for

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from devices.clock import VirtualClock, run_virtual
-from serving.arrivals import Arrivals
 from serving.build import build_cluster
 from serving.cluster import Cluster
 from serving.config import RunConfig
@@ -26,10 +25,12 @@ from serving.frontend import Frontend
 from serving.report import BenchResult, RunInfo, needed_percentiles
 from serving.spec_decode import SpecDecodeStats
 from serving.summary import summarize
-from serving.traces import TraceOptions, load_trace
 from serving.transport import Transport
-from serving.workload import Workload, synthetic_workload
 from serving.workload_run import WorkloadRun
+from serving.workloads.arrivals import Arrivals
+from serving.workloads.synthetic import synthetic_workload
+from serving.workloads.traces import TraceOptions, load_trace
+from serving.workloads.workload import Workload
 
 FIRST_TEXT_TOKEN = 16  # of prompts made from random ids: above the control tokens of the shipped tokenizer
 
@@ -143,6 +144,7 @@ def drive(
                 clock=clock,
                 block_size=config.cache.block_size,
                 closed_loop=config.workload.max_concurrency,
+                reads_tokens=open_transport is not None,
             )
             cluster.start()
             try:

@@ -24,7 +24,7 @@ from serving.simulator import run_info
 from serving.spec_decode import SpecDecodeStats
 from serving.summary import RequestCounts, Summary, summary_of
 from serving.timings import Floats, Timings, TokenTimes
-from serving.workload import Workload
+from serving.workloads.workload import Workload
 
 METRIC_PERCENTILES = (99.0,)
 

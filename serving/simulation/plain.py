@@ -34,8 +34,8 @@ from serving.simulation.columns import (
     RunColumns,
 )
 from serving.simulator import drive
-from serving.workload import Workload
 from serving.workload_run import OUTCOME_OF_STATE
+from serving.workloads.workload import Workload
 
 PLANES: tuple[PlaneName, ...] = ("ub", "rdma", "vpc")
 REASONS = tuple(str(reason) for reason in OutcomeReason)

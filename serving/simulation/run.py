@@ -11,8 +11,9 @@ import time
 
 from serving.config import RunConfig
 from serving.simulation.columns import RunColumns
+from serving.simulation.fast import run_fast
 from serving.simulation.plain import run_plain
-from serving.workload import Workload
+from serving.workloads.workload import Workload
 
 
 def simulate(config: RunConfig, workload: Workload, *, moves: bool = False, digest: bool = False) -> RunColumns:
@@ -22,7 +23,8 @@ def simulate(config: RunConfig, workload: Workload, *, moves: bool = False, dige
     contradicts itself in the end.
     """
     started = time.perf_counter()
-    columns = run_plain(config, workload, moves=moves, digest=digest)
+    run = run_fast if config.disaggregated else run_plain
+    columns = run(config, workload, moves=moves, digest=digest)
     return dataclasses.replace(columns, wall_s=time.perf_counter() - started, peak_rss_bytes=peak_rss_bytes())
 
 
