@@ -31,7 +31,7 @@ from serving.simulation.verify import (
 from serving.simulator import SimulationResult, simulate
 from serving.summary import Metric
 from serving.system import System
-from serving.workload import Workload
+from serving.workloads.workload import Workload
 
 _SERVED_ID = re.compile(r"cmpl-(.+)-\d+-\d+")  # of the HTTP layer, around the client's own
 _HISTOGRAMS: dict[Metric, str] = {  # of wall seconds in the server

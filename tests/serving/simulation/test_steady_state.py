@@ -152,11 +152,18 @@ def test_prefill_saturates_where_it_is_estimated_to():
     assert seen.tokens_per_s < estimated["tokens_per_s_per_npu"]
 
 
-def test_prefill_of_the_whole_deployment_is_within_three_percent():
-    """Hand-overs, stores into the pool and the MTP module's latents inside."""
-    _, without_drafts = prefill_run(NO_POOL, NO_DRAFTS)
-    _, seen = prefill_run(output_len=20)
+def test_prefill_with_hand_overs_and_stores_saturates_within_three_percent():
+    """Blocks move while steps run, but are held until they have arrived: a step may be small, or wait for some."""
+    _, seen = prefill_run(NO_DRAFTS, output_len=20)
+    estimated = estimate("prefill", prompt_len=PROMPT_LEN, tokens_per_npu=16384)
+    assert seen.tokens_per_s == pytest.approx(estimated["tokens_per_s_per_npu"], rel=0.03)
+    assert 0 <= seen.idle < 0.005
+
+
+def test_with_drafts_prefill_computes_the_cache_of_one_more_layer():
+    plain, _ = prefill_run(NO_POOL, NO_DRAFTS)
+    drafting, seen = prefill_run(output_len=20)
+    full_ms = [instance.charged_ns[instance.num_tokens == 16 * 16384][0] / 1e6 for instance in (plain, drafting)]
+    assert 1 / 61 < full_ms[1] / full_ms[0] - 1 < 1.5 / 61  # of 61 layers; its projection is in it too
     estimated = estimate("prefill", prompt_len=PROMPT_LEN, tokens_per_npu=16384)["tokens_per_s_per_npu"]
-    assert seen.tokens_per_s == pytest.approx(estimated, rel=0.03)
-    # Blocks move while steps run; what is left of the difference is one more layer, of 61, and its projection.
-    assert 1 / 61 < without_drafts.tokens_per_s / seen.tokens_per_s - 1 < 2 / 61
+    assert seen.tokens_per_s == pytest.approx(estimated * full_ms[0] / full_ms[1], rel=0.015)
