@@ -248,6 +248,7 @@ class Cluster:
         assert placed.decode_blocks is not None
         move = self._move(self._transfer(request, placed), placed.prefill_hold, placed.decode_hold)
         await asyncio.shield(move)  # a life that is ended meanwhile leaves the movement to its end
+        placed.leave_prefill()  # whoever waits there for blocks must not wait until this request is decoded
         placed.leave_prefill()
 
     async def decode(self, request: Request, placed: Placed, *, sink: TokenSink) -> RunEnd:

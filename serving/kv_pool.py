@@ -15,7 +15,8 @@ from devices.clock import Clock
 from devices.fabric import Endpoint, Fabric
 from serving.core.event_log import EventLog
 from serving.core.ids import BlockHash, BlockIds, InstanceId, RequestId
-from serving.core.pool_index import PoolBlock, PoolIndex
+from serving.core.pool_block import PoolBlock
+from serving.core.pool_index import PoolIndex
 from serving.errors import EngineFailure
 from serving.pool_moves import PoolMoves
 from serving.transport import PoolObject, RankRef, Transport

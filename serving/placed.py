@@ -50,6 +50,7 @@ class Placed:
     decode: Engine | None = None  # None: colocated
     decode_hold: Hold | None = None
     decode_blocks: BlockIds | None = None
+    needs_prefill: bool = True  # its blocks at the prefill instance, for itself
     has_left_prefill: bool = False
 
     @property
@@ -58,9 +59,9 @@ class Placed:
         return self.decode is not None
 
     def leave_prefill(self) -> None:
-        """The request's life needs its prefill instance no longer; it leaves once."""
-        if not self.has_left_prefill:
-            self.has_left_prefill = True
+        """The request itself needs its blocks at the prefill instance no longer; movements may. Once is enough."""
+        if self.needs_prefill:
+            self.needs_prefill = False
             self.prefill_hold.release()
 
     async def released(self) -> None:

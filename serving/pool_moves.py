@@ -18,7 +18,8 @@ from devices.fabric import Endpoint, Fabric
 from serving.core.errors import LeaseLost
 from serving.core.event_log import EventLog
 from serving.core.ids import BlockHash, RequestId
-from serving.core.pool_index import Lease, PoolBlock, PoolIndex
+from serving.core.pool_block import Lease, PoolBlock
+from serving.core.pool_index import PoolIndex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,43 +152,35 @@ class PoolMoves:
         now_ns = self._now_ns()
         self.index.expire(now_ns)
         self.index.touch(hashes)  # what is there must not make room for the blocks that continue it
-        started: list[PoolBlock] = []
-        evicted: list[PoolBlock] = []
-        positions: list[int] = []
-        for i, block_hash in enumerate(hashes):
-            put = self.index.put_start(block_hash, self.block_bytes)
-            if put is not None:
-                started.append(put.block)
-                evicted += put.evicted
-                positions.append(i)
-        if not started:
+        puts = self.index.put_start_all(hashes, self.block_bytes)
+        if not puts.blocks:
             self.index.touch(hashes)
             return None
-        if evicted:
-            self._drop(evicted)
+        if puts.evicted:
+            self._drop(puts.evicted)
         try:
-            end_ns = self._reserve_write(started, dies, now_ns)
+            end_ns = self._reserve_write(puts.blocks, dies, now_ns)
         except BaseException:  # re-raised: room must not stay reserved for bytes that will not come
-            self._revoke(started)
+            self._revoke(puts.blocks)
             raise
-        self._log.append(now_ns, "pool_store", request_id, blocks=len(started), evicted=len(evicted), until_ns=end_ns)
-        self._tell("pool_store", request_id, len(started), now_ns, end_ns)
+        num_evicted = len(puts.evicted)
+        self._log.append(
+            now_ns, "pool_store", request_id, blocks=len(puts.blocks), evicted=num_evicted, until_ns=end_ns
+        )
+        self._tell("pool_store", request_id, len(puts.blocks), now_ns, end_ns)
         return PoolWrite(
             request_id=request_id,
             hashes=hashes,
-            blocks=tuple(started),
-            positions=tuple(positions),
-            num_evicted=len(evicted),
+            blocks=puts.blocks,
+            positions=puts.positions,
+            num_evicted=num_evicted,
             start_ns=now_ns,
             end_ns=end_ns,
         )
 
     def finish_store(self, write: PoolWrite) -> None:
         """The bytes are there: the blocks can be found from now on, but for what a lost host took along."""
-        stored = [block for block in write.blocks if self.index.is_pending(block)]
-        for block in reversed(stored):  # the end of a prefix is to be evicted before its beginning
-            self.index.put_commit(block)
-        self.num_stored_blocks += len(stored)
+        self.num_stored_blocks += self.index.put_commit_all(write.blocks)
         self.index.touch(write.hashes)
 
     def revoke_store(self, write: PoolWrite) -> None:

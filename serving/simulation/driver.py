@@ -10,6 +10,7 @@ happens at the same instant comes in the same order. Both ways note the same eve
 """
 
 import heapq
+from typing import cast
 
 import numpy as np
 
@@ -140,9 +141,7 @@ class Driver:
             draw=first_draw(request_id, max(0, self._seeds[index])) if self._config.is_speculative else 0,
         )
         if self._needs_hashes:
-            life.block_hashes = [
-                BlockHash(name.to_bytes(8, "little")) for name in workload.block_hashes(index, self._block_size)
-            ]
+            life.block_hashes = cast(list[BlockHash], workload.block_hashes(index, self._block_size))
         self._lives[index] = life
         if self._log is not None:
             self._log.append(loop.now_ns, "arrive", request_id, prompt=life.num_prompt_tokens, limit=life.max_tokens)
@@ -207,6 +206,7 @@ class Driver:
             draw=life.draw,
         )
         life.prefill_holds = life.decode_holds = 1
+        life.needs_prefill = True
         return True
 
     def _prefix_tokens(self, life: Life) -> Counts | None:
@@ -356,6 +356,7 @@ class Driver:
     def _start_decode(self, life: Life) -> None:
         assert life.decode is not None
         assert life.row is not None
+        self._leave_prefill(life)
         life.decode_start_ns = self._loop.now_ns
         life.decode.resume(life.row, life.num_tokens)
 
@@ -392,7 +393,7 @@ class Driver:
 
     def _start_again(self, life: Life) -> None:
         self._router.release(life.request_id)
-        self._release_prefill(life)
+        self._leave_prefill(life)
         life.decode_holds -= 1
         assert not life.decode_holds
         if life.prefill_holds:
@@ -413,7 +414,7 @@ class Driver:
 
     def _finish(self, life: Life) -> None:
         self._router.release(life.request_id)
-        self._release_prefill(life)
+        self._leave_prefill(life)
         self._release_decode(life)
         self._close(life, OutcomeReason.LENGTH)
         if self._is_closed_loop:
@@ -440,6 +441,12 @@ class Driver:
         self._notes.write(life, reason)
         self.end_ns = self._loop.now_ns
         del self._lives[life.index]
+
+    def _leave_prefill(self, life: Life) -> None:
+        """The request itself needs its blocks at the prefill instance no longer; movements may."""
+        if life.needs_prefill:
+            life.needs_prefill = False
+            self._release_prefill(life)
 
     def _release_prefill(self, life: Life) -> None:
         life.prefill_holds -= 1

@@ -50,6 +50,7 @@ class Life:
     prompt: Prompt | None = None
     decode: DecodeInstance | None = None
     row: DecodeRow | None = None
+    needs_prefill: bool = False  # its blocks at the prefill instance, for itself
     prefill_holds: int = 0  # who needs its blocks there: itself, and movements
     decode_holds: int = 0
     waits_for_release: bool = field(default=False)  # preempted, while a movement still holds its blocks

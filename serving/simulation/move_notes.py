@@ -83,5 +83,5 @@ class MoveNotes:
             num_stored_blocks=pool.num_stored_blocks,
             time_ns=np.array(self._fill_ns, np.int64),
             used_bytes=np.array(self._fill_bytes, np.int64),
-            host_used_bytes=np.array(pool.index.used_bytes_by_host, np.int64),
+            host_used_bytes=np.array(list(pool.index.host_used_bytes.values()), np.int64),
         )

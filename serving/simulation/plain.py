@@ -179,7 +179,7 @@ class _Notes:
             num_stored_blocks=pool.num_stored_blocks,
             time_ns=np.array(list(self._fill), np.int64),
             used_bytes=np.array(list(self._fill.values()), np.int64),
-            host_used_bytes=np.array(pool.index.used_bytes_by_host, np.int64),
+            host_used_bytes=np.array(list(pool.index.host_used_bytes.values()), np.int64),
         )
 
     def move_columns(self, requests: list[Request]) -> MoveColumns | None:

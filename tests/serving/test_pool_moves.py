@@ -53,7 +53,7 @@ class World:
         return self.pool.index.num_leases, self.pool.index.num_pending_puts
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def world(make_config):
     """A function that makes one."""
     hardware = make_config("disaggregated").hardware
@@ -204,9 +204,8 @@ def waited(world, program):
 
 @settings(max_examples=80, derandomize=True, deadline=None)
 @given(program=moves, num_blocks=st.integers(1, 5), lease_ns=st.sampled_from([10_000_000, 10**9]))
-def test_whoever_waits_the_decisions_are_the_same(make_config, program, num_blocks, lease_ns):
-    hardware = make_config("disaggregated").hardware
-    first, second = (World(hardware, num_blocks=num_blocks, lease_ns=lease_ns) for _ in range(2))
+def test_whoever_waits_the_decisions_are_the_same(world, program, num_blocks, lease_ns):
+    first, second = (world(num_blocks=num_blocks, lease_ns=lease_ns) for _ in range(2))
     assert stepped(first, program) == waited(second, program)
     assert first.log.events == second.log.events
     assert first.held() == second.held() == (0, 0)
