@@ -21,12 +21,12 @@ from serving.config import Role, RunConfig
 from serving.core.event_log import EventLog
 from serving.core.ids import Counts, InstanceId, RequestId
 from serving.core.request import Request
-from serving.core.router import Room, Router, source_prefill_rank
+from serving.core.router import Placement, Room, Router, source_prefill_rank
 from serving.core.scheduled_batch import Load
 from serving.engine import Engine
 from serving.engine_run import RunEnd, TokenSink
 from serving.errors import EngineFailure
-from serving.kv_pool import KvPool
+from serving.kv_pool import BlockMove, KvPool
 from serving.placed import Hold, Placed
 from serving.transport import RankRef, Transport
 
@@ -70,7 +70,9 @@ class Cluster:
         self.pool = pool
         self.fabric = fabric
         self.on_capacity: Callable[[], None] = lambda: None
-        self.on_kv_transfer: Callable[[KvTransfer], None] = lambda transfer: None
+        self.on_kv_transfer: Callable[[KvTransfer], None] = lambda transfer: None  # that is over
+        self.on_place: Callable[[Placement], None] = lambda placement: None
+        self.on_move: Callable[[BlockMove], None] = lambda move: None
         self._transport = transport
         self._dies = dies
         self._kv_bytes_per_token = kv_bytes_per_token
@@ -79,6 +81,8 @@ class Cluster:
         self._loops: list[asyncio.Task[None]] = []
         self._moves: set[asyncio.Task[None]] = set()
         self.num_kv_transfers = 0
+        if pool is not None:
+            pool.on_move = lambda move: self.on_move(move)
 
     @property
     def all_engines(self) -> list[Engine]:
@@ -172,6 +176,7 @@ class Cluster:
             decode=placement.decode,
             rank=placement.rank,
         )
+        self.on_place(placement)
         prefill, decode = self._engine_of[placement.prefill], self._engine_of[placement.decode]
         placed = Placed(
             request=request,
@@ -332,6 +337,15 @@ class Cluster:
             op="read",
         )
         self.log.append(start_ns, "kv_transfer", request.request_id, source=source_rank, rank=rank, bytes=num_bytes)
+        self.on_move(
+            BlockMove(
+                kind="kv_transfer",
+                request_id=request.request_id,
+                start_ns=start_ns,
+                end_ns=end_ns,
+                num_bytes=num_bytes,
+            )
+        )
         moving = asyncio.ensure_future(
             self._transport.kv_transfer(
                 RankRef(instance_id=prefill.instance_id, rank=source_rank),

@@ -289,6 +289,7 @@ class Engine:
     async def _step(self, batch: ScheduledBatch) -> None:
         requests = [self._runs[request_id].request for request_id in batch.request_ids]
         start_ns, start_wall_ns = self._clock.now_ns(), time.monotonic_ns()
+        num_waiting, num_used_blocks = self.scheduler.num_waiting, self.num_used_blocks
         cost = self._charge(batch)
         pending = asyncio.ensure_future(self._shard.step(batch, requests, charged_ns=cost.ns))
         self._log.append(
@@ -312,7 +313,9 @@ class Engine:
                 start_ns=start_ns,
                 end_ns=start_ns + cost.ns,
                 time=cost,
-                num_seqs=batch.num_rows,
+                batch=batch,
+                num_waiting=num_waiting,
+                num_used_blocks=num_used_blocks,
                 num_tokens=batch.num_tokens,
                 num_sampled=tokens.num_tokens,
                 num_drafts=num_drafts,
@@ -320,6 +323,7 @@ class Engine:
                 num_preemptions=len(batch.preempted),
                 wall_ns=end_wall_ns - start_wall_ns,
                 simulated_itl_ns=np.array(tokens.simulated_itl_ns, np.float64),
+                itl_rows=tokens.itl_rows,
                 wall_itl_ns=np.array(tokens.wall_itl_ns, np.float64),
             )
         )

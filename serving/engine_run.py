@@ -5,7 +5,7 @@ Must not know: how steps are made.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from devices.pipeline import StepTime
 from serving.core.ids import InstanceId
 from serving.core.request import Request
-from serving.core.scheduled_batch import Load
+from serving.core.scheduled_batch import Load, ScheduledBatch
 from serving.errors import EngineFailure
 from serving.messages import TokenLogprobs
 
@@ -52,7 +52,9 @@ class StepRecord:
     start_ns: int
     end_ns: int
     time: StepTime
-    num_seqs: int
+    batch: ScheduledBatch
+    num_waiting: int  # requests at the instance when it began
+    num_used_blocks: int  # when it began
     num_tokens: int
     num_sampled: int  # new tokens
     num_drafts: int  # verified, of one token each
@@ -60,6 +62,7 @@ class StepRecord:
     num_preemptions: int
     wall_ns: int  # from its start to its end on the machine's clock
     simulated_itl_ns: NDArray[np.float64]  # of the tokens that followed another
+    itl_rows: Sequence[int]  # of the batch, one per such token
     wall_itl_ns: NDArray[np.float64]
 
 

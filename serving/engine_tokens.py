@@ -34,6 +34,7 @@ class StepTokens:
 
     num_tokens: int = 0
     simulated_itl_ns: list[int] = field(default_factory=list)
+    itl_rows: list[int] = field(default_factory=list)  # of the batch, one per simulated gap
     wall_itl_ns: list[int] = field(default_factory=list)
 
 
@@ -79,6 +80,7 @@ def hand_out(
         num_tokens = 1 if num_accepted is None else 1 + num_accepted[row]
         if request.last_token_ns is not None:
             tokens.simulated_itl_ns.append(now_ns - request.last_token_ns)
+            tokens.itl_rows.append(row)
         if run.sink.last_token_wall_ns is not None:
             tokens.wall_itl_ns.append(wall_ns - run.sink.last_token_wall_ns)
         token_ids: tuple[int, ...] = ()

@@ -12,7 +12,9 @@ inside the instance is not charged: it is part of the all-gather of a prefill st
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -26,6 +28,17 @@ from serving.errors import EngineFailure
 from serving.transport import PoolObject, RankRef, Transport
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockMove:
+    """A movement of KV blocks that has just begun, and when it will be over."""
+
+    kind: Literal["kv_transfer", "pool_load", "pool_store"]
+    request_id: RequestId
+    start_ns: int
+    end_ns: int
+    num_bytes: int
 
 
 class KvPool:
@@ -61,6 +74,7 @@ class KvPool:
         self._lost_hosts: set[int] = set()
         self.num_loaded_blocks = 0
         self.num_stored_blocks = 0
+        self.on_move: Callable[[BlockMove], None] = lambda move: None
 
     def find_prefix_tokens(self, hashes: Sequence[BlockHash]) -> int:
         """Tokens of the longest prefix that the pool holds now."""
@@ -127,6 +141,7 @@ class KvPool:
             self._reading_until_ns[die] = paced_ns
             end_ns = max(end_ns, finish_ns, paced_ns)
         self._log.append(start_ns, "pool_load", request_id, blocks=len(wanted), until_ns=end_ns)
+        self.on_move(_move("pool_load", request_id, wanted, start_ns=start_ns, end_ns=end_ns))
         reading = asyncio.ensure_future(self._transport.pool_load(target, [_object(block) for block in wanted], blocks))
         await self._clock.sleep_until(end_ns)
         await self._clock.external(reading)
@@ -198,11 +213,24 @@ class KvPool:
             finish_ns = self._fabric.reserve("ub", die, host, num_bytes=block.num_bytes, now_ns=start_ns, op="write")
             end_ns = max(end_ns, finish_ns)
         self._log.append(start_ns, "pool_store", request_id, blocks=len(started), evicted=num_evicted, until_ns=end_ns)
+        self.on_move(_move("pool_store", request_id, started, start_ns=start_ns, end_ns=end_ns))
         writing = asyncio.ensure_future(
             self._transport.pool_store(source, blocks, [_object(block) for block in started])
         )
         await self._clock.sleep_until(end_ns)
         await self._clock.external(writing)
+
+
+def _move(
+    kind: Literal["pool_load", "pool_store"],
+    request_id: RequestId,
+    blocks: Sequence[PoolBlock],
+    *,
+    start_ns: int,
+    end_ns: int,
+) -> BlockMove:
+    num_bytes = sum(block.num_bytes for block in blocks)
+    return BlockMove(kind=kind, request_id=request_id, start_ns=start_ns, end_ns=end_ns, num_bytes=num_bytes)
 
 
 def _object(block: PoolBlock) -> PoolObject:

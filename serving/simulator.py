@@ -4,6 +4,7 @@ Owns: the result of such a run.
 Must not know: HTTP, Ray (a transport is given).
 """
 
+import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable
@@ -19,6 +20,7 @@ from serving.cluster import Cluster
 from serving.config import RunConfig
 from serving.core.event_log import EventLog
 from serving.core.ids import RequestId
+from serving.engine_run import StepRecord
 from serving.expert_load import ExpertLoad
 from serving.frontend import Frontend
 from serving.report import BenchResult, RunInfo, needed_percentiles
@@ -88,13 +90,52 @@ def run_in_virtual_time(
 
     Raises AssertionError if anything is held in the end.
     """
+    started = time.perf_counter()
+    run = drive(
+        config, workload, open_transport=open_transport, close_transport=close_transport, keep_events=keep_events
+    )
+    wall_s = time.perf_counter() - started
+    return SimulationResult(
+        bench=_bench_result(config, workload, run, wall_s=wall_s),
+        digest=run.log.digest(),
+        token_ids=run.workload_run.token_ids,
+        log=run.log,
+        wall_s=wall_s,
+        simulated_s=run.simulated_s,
+    )
 
-    async def main(clock: VirtualClock) -> SimulationResult:
-        started = time.perf_counter()
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VirtualRun:
+    """A run in virtual time that is over, with all that took part in it."""
+
+    workload_run: WorkloadRun
+    cluster: Cluster
+    log: EventLog
+    held: dict[str, int]
+    simulated_s: float
+    interrupted: bool  # by Ctrl-C; what was running is aborted, what had not arrived never will
+
+
+def drive(
+    config: RunConfig,
+    workload: Workload,
+    *,
+    open_transport: Callable[[], Transport] | None = None,
+    close_transport: Callable[[], Awaitable[None]] | None = None,
+    keep_events: bool = False,
+    on_step: Callable[[StepRecord], None] = lambda record: None,
+    watch: Callable[[Cluster], None] = lambda cluster: None,
+) -> VirtualRun:
+    """As `run_in_virtual_time`. `on_step` hears of every step; `watch` gets the cluster before it starts."""
+
+    async def main(clock: VirtualClock) -> VirtualRun:
         log = EventLog(keep=keep_events)
         transport = open_transport() if open_transport is not None else None
+        interrupted = False
         try:
-            cluster = build_cluster(config, clock=clock, log=log, transport=transport)
+            cluster = build_cluster(config, clock=clock, log=log, transport=transport, on_step=on_step)
+            watch(cluster)
             frontend = Frontend(cluster, tokenizer=None, on_outcome=lambda request, times, instance_id: None)
             run = WorkloadRun(
                 workload,
@@ -106,6 +147,8 @@ def run_in_virtual_time(
             cluster.start()
             try:
                 await run.drive()
+            except asyncio.CancelledError:  # Ctrl-C, which asyncio turns into the end of this task
+                interrupted = True
             finally:
                 simulated_s = clock.now_ns() / 1e9
                 await frontend.abort_all()
@@ -115,55 +158,45 @@ def run_in_virtual_time(
         finally:
             if close_transport is not None:
                 await close_transport()
-        wall_s = time.perf_counter() - started
-        return SimulationResult(
-            bench=_bench_result(
-                config, workload, run, cluster, simulated_s=simulated_s, wall_s=wall_s, held=held, log=log
-            ),
-            digest=log.digest(),
-            token_ids=run.token_ids,
-            log=log,
-            wall_s=wall_s,
-            simulated_s=simulated_s,
+        return VirtualRun(
+            workload_run=run, cluster=cluster, log=log, held=held, simulated_s=simulated_s, interrupted=interrupted
         )
 
     return run_virtual(main)
 
 
-def _bench_result(
-    config: RunConfig,
-    workload: Workload,
-    run: WorkloadRun,
-    cluster: Cluster,
-    *,
-    simulated_s: float,
-    wall_s: float,
-    held: dict[str, int],
-    log: EventLog,
-) -> BenchResult:
-    section = config.workload
-    rate = math.inf if section.request_rate == "inf" else section.request_rate
+def _bench_result(config: RunConfig, workload: Workload, run: VirtualRun, *, wall_s: float) -> BenchResult:
+    records, cluster = run.workload_run.records, run.cluster
     return BenchResult(
-        info=RunInfo(
-            date=datetime.now().strftime("%Y%m%d-%H%M%S"),
-            backend="simulated",
-            model_id=config.model.served_model_name,
-            num_prompts=len(workload),
-            request_rate=rate,
-            burstiness=section.burstiness,
-            max_concurrency=section.max_concurrency,
-            workload=workload.name,
-            workload_digest=workload.digest,
-        ),
-        summary=summarize(run.records, duration_s=simulated_s, percentiles=needed_percentiles((99.0,))),
-        records=tuple(run.records),
+        info=run_info(config, workload),
+        summary=summarize(records, duration_s=run.simulated_s, percentiles=needed_percentiles((99.0,))),
+        records=tuple(records),
         spec_decode=SpecDecodeStats.of_single_drafts(
             sum(engine.num_drafts for engine in cluster.all_engines),
             sum(engine.num_accepted for engine in cluster.all_engines),
         ),
-        held_at_rest=held,
+        held_at_rest=run.held,
         expert_load=measured_expert_load(cluster),
-        cluster=cluster_figures(cluster) | {"simulated_s": simulated_s, "wall_s": wall_s, "digest": log.digest()},
+        cluster=cluster_figures(cluster)
+        | {"simulated_s": run.simulated_s, "wall_s": wall_s, "digest": run.log.digest()},
+        interrupted=run.interrupted,
+        num_not_sent=len(workload) - len(run.workload_run.requests),
+    )
+
+
+def run_info(config: RunConfig, workload: Workload) -> RunInfo:
+    """What is run, for the head of a result."""
+    section = config.workload
+    return RunInfo(
+        date=datetime.now().strftime("%Y%m%d-%H%M%S"),
+        backend="simulated",
+        model_id=config.model.served_model_name,
+        num_prompts=len(workload),
+        request_rate=math.inf if section.request_rate == "inf" else section.request_rate,
+        burstiness=section.burstiness,
+        max_concurrency=section.max_concurrency,
+        workload=workload.name,
+        workload_digest=workload.digest,
     )
 
 

@@ -56,6 +56,7 @@ class WorkloadRun:
         self._block_size = block_size
         self._slots = None if closed_loop is None else asyncio.Semaphore(closed_loop)
         self._records: list[RequestRecord | None] = [None] * len(workload)
+        self.requests: list[Request] = []  # that have arrived, in the workload's order
         self.token_ids: dict[RequestId, list[int]] = {}
 
     @property
@@ -76,6 +77,7 @@ class WorkloadRun:
 
     async def _serve(self, index: int, item: WorkloadRequest) -> None:
         request = self._request(item)
+        self.requests.append(request)
         times = TokenTimes(self._clock)
         ended = await self._frontend.serve(request, on_token=times)
         self.token_ids[request.request_id] = request.output_token_ids

@@ -100,6 +100,11 @@ class PoolIndex:
         return sum(self._used.values())
 
     @property
+    def used_bytes_by_host(self) -> tuple[int, ...]:
+        """The same per host, in the order of the hosts."""
+        return tuple(self._used.values())
+
+    @property
     def capacity_bytes(self) -> int:
         """Of all hosts."""
         return sum(self._capacity.values())

@@ -119,6 +119,7 @@ class Request:
     scheduled_ns: int | None = field(default=None, init=False)  # an instance was chosen, for the first time
     prefill_start_ns: int | None = field(default=None, init=False)  # first step that computes its prompt
     first_token_ns: int | None = field(default=None, init=False)
+    decode_start_ns: int | None = field(default=None, init=False)  # its KV has come, the last time that it did
     last_token_ns: int | None = field(default=None, init=False)
     max_itl_ns: int = field(default=0, init=False)  # longest gap between tokens; the sum is last - first
     updated_ns: int = field(default=0, init=False)
@@ -191,6 +192,7 @@ class Request:
 
     def start_decode(self, now_ns: int) -> None:
         self._move(RequestState.DECODING, now_ns)
+        self.decode_start_ns = now_ns
 
     def preempt(self, now_ns: int) -> None:
         """Its blocks were taken; all its known tokens are to be prefilled again."""

@@ -1,0 +1,32 @@
+"""A run in virtual time from a configuration and a workload: one function, whatever drives it.
+
+Owns: the choice of the driver, and what the run cost this machine.
+Must not know: how drivers work, how figures are made of the columns.
+"""
+
+import dataclasses
+import resource
+import sys
+import time
+
+from serving.config import RunConfig
+from serving.simulation.columns import RunColumns
+from serving.simulation.plain import run_plain
+from serving.workload import Workload
+
+
+def simulate(config: RunConfig, workload: Workload, *, moves: bool = False, digest: bool = False) -> RunColumns:
+    """Run `workload` with timing shards, in this process. Ctrl-C ends it early: the columns are `interrupted` then.
+
+    `moves` keeps every movement of blocks, `digest` gives that of the events. Raises AssertionError if anything
+    contradicts itself in the end.
+    """
+    started = time.perf_counter()
+    columns = run_plain(config, workload, moves=moves, digest=digest)
+    return dataclasses.replace(columns, wall_s=time.perf_counter() - started, peak_rss_bytes=peak_rss_bytes())
+
+
+def peak_rss_bytes() -> int:
+    """Most memory that this process has had so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
