@@ -24,6 +24,7 @@ from serving.evaluation.command import evaluate
 from serving.expert_load_command import expert_load
 from serving.expert_traffic_command import expert_traffic
 from serving.quantize_command import quantize
+from serving.simulation.sweep_command import sweep
 
 if TYPE_CHECKING:
     from serving.report import BenchResult
@@ -238,6 +239,7 @@ app.command()(quantize)
 app.command("eval")(evaluate)
 app.command("expert-load")(expert_load)
 app.command("expert-traffic")(expert_traffic)
+app.command()(sweep)
 app.command()(reproduce)
 app.command()(calibrate)
 app.add_typer(estimate, name="estimate")

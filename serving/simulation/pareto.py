@@ -63,7 +63,9 @@ def format_front(rows: Sequence[Row], varied: Sequence[str]) -> str:
     return "\n".join([title, lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def draw_pareto(rows: Sequence[Row], path: Path, *, varied: Sequence[str], title: str, color: str | None = None) -> None:
+def draw_pareto(
+    rows: Sequence[Row], path: Path, *, varied: Sequence[str], title: str, color: str | None = None
+) -> None:
     """Write the picture: HTML that needs no network, or PNG. `color` is one of `varied`; None: the first.
 
     Raises ConfigError for another suffix, a key that is not varied, or rows without a single figure.
@@ -122,7 +124,7 @@ def _draw_html(
         x=[row[TPOT] for row in front],
         y=[row[THROUGHPUT] for row in front],
         mode="lines",
-        line={"color": "#888", "dash": "dot"},
+        line={"color": "#888", "dash": "dot", "shape": "hv"},
         name="Pareto front",
         hoverinfo="skip",
     )
@@ -131,7 +133,7 @@ def _draw_html(
             x=[row[TPOT] for row in rows],
             y=[row[THROUGHPUT] for row in rows],
             mode="markers",
-            marker={"color": shade, "size": 10, "line": {"color": "white", "width": 1}},
+            marker={"color": shade, "size": 10, "opacity": 0.85, "line": {"color": "white", "width": 1}},
             name=f"{color} = {value}" if color else "points",
             text=[_settings(row, varied) for row in rows],
             hovertemplate="%{text}<br>TPOT %{x:.2f} ms<br>%{y:,.1f} tok/s/NPU<extra></extra>",
@@ -139,10 +141,14 @@ def _draw_html(
     figure.update_layout(
         title=title, xaxis_title=_X_TITLE, yaxis_title=_Y_TITLE, template="plotly_white", hovermode="closest"
     )
-    figure.update_yaxes(rangemode="tozero")
-    figure.update_xaxes(rangemode="tozero")
     # A fixed element id: the same rows give the same bytes.
-    figure.write_html(path, include_plotlyjs=True, full_html=True, div_id="pareto", config={"displaylogo": False})
+    figure.write_html(
+        path,
+        include_plotlyjs=True,
+        div_id="pareto",
+        default_height="95vh",
+        config={"displaylogo": False, "responsive": True},
+    )
 
 
 def _draw_png(
@@ -160,9 +166,10 @@ def _draw_png(
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9.0, 5.6), layout="constrained")
-    axes.plot(
+    axes.step(
         [row[TPOT] for row in front],
         [row[THROUGHPUT] for row in front],
+        where="post",
         color="#888",
         linestyle=":",
         zorder=1,
@@ -174,13 +181,12 @@ def _draw_png(
             [row[THROUGHPUT] for row in rows],
             color=shade,
             s=48,
+            alpha=0.85,
             edgecolors="white",
             zorder=2,
             label=f"{color} = {value}" if color else "points",
         )
     axes.set(xlabel=_X_TITLE, ylabel=_Y_TITLE, title=title)
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
     axes.grid(color="#ddd")
     axes.set_axisbelow(True)
     axes.legend(fontsize=8, loc="best")

@@ -4,15 +4,19 @@ Owns: `WorkloadSource`, and the way from a configuration and a source to a resul
 Must not know: grids, plans, command lines.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from serving.config import RunConfig
-from serving.errors import ConfigError
+from serving.errors import ConfigError, shown
 from serving.records import Goodput
 from serving.report import to_json
-from serving.simulator import load_workload, simulate
+from serving.simulation.columns import RunColumns
+from serving.simulation.run import simulate
+from serving.simulator import load_workload
+from serving.simulator import simulate as old_simulate
 from serving.workload import Workload
 
 
@@ -30,18 +34,75 @@ class WorkloadSource:
     num_requests: int | None = None
     duration_s: float | None = None
 
+    @classmethod
+    def of(
+        cls,
+        *,
+        trace: Path | None = None,
+        name: str | None = None,
+        rate: float | None = None,
+        num_requests: int | None = None,
+        duration_s: float | None = None,
+    ) -> "WorkloadSource":
+        """What options say. Raises ConfigError if they say two things, or the trace cannot be read."""
+        if trace is not None and name is not None:
+            raise ConfigError(f"--workload: {shown(name)}, but --trace {trace} is the workload")
+        try:
+            digest = None if trace is None else file_digest(trace)
+        except OSError as error:
+            raise ConfigError(f"--trace: {trace}: {error.strerror}") from None
+        return cls(
+            trace=None if trace is None else str(trace.absolute()),
+            trace_digest=digest,
+            name=name,
+            rate=rate,
+            num_requests=num_requests,
+            duration_s=duration_s,
+        )
+
     @property
     def identity(self) -> tuple[object, ...]:
         """All that decides the workload, beside the configuration; where the trace's file lies does not."""
         return (self.trace_digest, self.name, self.rate, self.num_requests, self.duration_s)
 
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What is set in the configuration, where that is the source."""
+        if self.trace is not None or self.name is not None:
+            return ()
+        keys = (("request_rate", self.rate), ("num_requests", self.num_requests))
+        return tuple(f"workload.{key}={value}" for key, value in keys if value is not None)
+
+    def __str__(self) -> str:
+        return self.name or (Path(self.trace).name if self.trace else "the configuration's workload")
+
+
+def file_digest(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
 
 def load_source(config: RunConfig, source: WorkloadSource) -> Workload:
     """The requests of `source` under `config`. Raises ConfigError, or TraceError naming line and field."""
     workload = load_workload(config, trace=None if source.trace is None else Path(source.trace))
+    if source.rate is not None and source.trace is not None:
+        last_ns = workload.requests[-1].arrival_ns
+        if not last_ns:
+            raise ConfigError(f"--rate: {source.rate:g}, but all requests of {source} arrive at once")
+        workload = workload.with_rate_factor(source.rate * last_ns / 1e9 / len(workload))
     return workload.limited(num_requests=source.num_requests, duration_s=source.duration_s)
+
+
+def run_source(config: RunConfig, source: WorkloadSource) -> RunColumns:
+    """Simulate; KeyboardInterrupt if that was cut short, since half a run is no point of anything."""
+    run = simulate(config, load_source(config, source))
+    if run.interrupted:
+        raise KeyboardInterrupt
+    return run
 
 
 def run_figures(config: RunConfig, source: WorkloadSource, *, goodput: Goodput | None) -> dict[str, Any]:
     """The figures of a simulation, as JSON values."""
-    return to_json(simulate(config, load_source(config, source)).bench)
+    row = to_json(old_simulate(config, load_source(config, source)).bench)
+    return row | {"output_tokens_per_s_per_npu": row["output_throughput"] / config.total_npus}

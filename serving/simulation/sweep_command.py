@@ -5,6 +5,7 @@ was interrupted (what is done is kept).
 Must not know: how points run, what a row holds.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,9 +17,9 @@ from serving.cli_options import Overrides, Ray, check_writable
 from serving.errors import ConfigError
 
 if TYPE_CHECKING:
-    from serving.simulation.sweep import Runner
+    from serving.interrupts import Interrupts
+    from serving.simulation.sweep import Objective, Runner
     from serving.simulation.sweep_points import Axis, Point, Row
-    from serving.simulation.run_source import WorkloadSource
 
 
 def sweep(
@@ -63,9 +64,9 @@ def sweep(
     """
     from serving.interrupts import Interrupts
     from serving.records import parse_goodput
-    from serving.simulation.pareto import check_suffix
+    from serving.simulation.pareto import check_suffix, draw_pareto, format_front, plotted
     from serving.simulation.run_source import WorkloadSource
-    from serving.simulation.sweep import Sweep, parse_objective
+    from serving.simulation.sweep import Sweep, best_row, parse_objective
     from serving.simulation.sweep_points import Point
     from serving.simulation.sweep_rows import RowStore
 
@@ -95,4 +96,83 @@ def sweep(
                     run.grid(base, axes)
                 else:
                     run.search(base, axes, objective)
-    ...
+    done = run.result
+    typer.echo(
+        f"{done.num_run} points simulated, {done.num_known} known before, "
+        f"{sum(row['status'] != 'ok' for row in done.rows)} without figures; rows are in {out}",
+        err=True,
+    )
+    varied = [axis.key for axis in axes]
+    _print_errors(done.rows, varied)
+    typer.echo(format_front(done.rows, varied))
+    if objective is not None:
+        _print_best(best_row(done.rows, objective), objective, varied)
+    if plot is not None and plotted(done.rows):
+        draw_pareto(done.rows, plot, varied=varied, title=f"{config}: {_workload_words(base)}", color=color)
+    if interrupts.was_interrupted:
+        raise typer.Exit(130)
+    if not any(row["status"] == "ok" for row in done.rows):
+        raise typer.Exit(1)
+
+
+def _axes(grid: Sequence[str], *, rate: str | None, seed: str | None) -> "list[Axis]":
+    from serving.simulation.sweep_points import RATE, SEED, Axis, parse_axis, parse_values
+
+    axes = [parse_axis(text) for text in grid]
+    axes += [
+        Axis(key=key, values=parse_values(text, option=f"--{key}"))
+        for key, text in ((RATE, rate), (SEED, seed))
+        if text is not None
+    ]
+    if not axes:
+        raise ConfigError("sweep: nothing is varied; give --set-grid, --rate or --seed")
+    return axes
+
+
+def _runner(stack: ExitStack, interrupts: "Interrupts", *, jobs: int, address: str | None) -> "Runner":
+    """Where points run: in this process, or as tasks of a Ray that ends with `stack`."""
+    from serving.simulation.sweep import run_here
+    from serving.simulation.sweep_points import run_point
+
+    if jobs <= 1 and address is None:
+        return run_here
+    from serving.ray_cluster import TaskCluster
+    from serving.session import Session
+
+    session = stack.enter_context(Session())
+    with interrupts.raised():
+        cluster = stack.enter_context(TaskCluster(session, address=address, num_cpus=jobs))
+
+    def run(points: "Sequence[Point]") -> "Iterator[tuple[int, Row | Exception]]":
+        return cluster.map(run_point, points)
+
+    return run
+
+
+def _print_errors(rows: "Sequence[Row]", varied: Sequence[str]) -> None:
+    """Each mistake once, with its first point."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            first.setdefault(row["error"], row)
+    for error, row in first.items():
+        number = sum(other.get("error") == error for other in rows)
+        where = ", ".join(f"{key}={row[key]}" for key in varied)
+        more = f" and {number - 1} more" if number > 1 else ""
+        typer.echo(f"{row['status']}: {where}{more}: {error}", err=True)
+
+
+def _print_best(row: "Row | None", objective: "Objective", varied: Sequence[str]) -> None:
+    if row is None:
+        typer.echo("Best: none, no point has the columns that are asked for")
+        return
+    excess = objective.score(row)[0]
+    columns = dict.fromkeys((objective.column, *(limit[0] for limit in objective.limits)))
+    values = ", ".join(f"{column} {row[column]:,.2f}" for column in columns)
+    told = "Best" if not excess else "Nothing keeps to the limits; closest"
+    typer.echo(f"{told}: {', '.join(f'{key}={row[key]}' for key in varied)}: {values}")
+
+
+def _workload_words(base: "Point") -> str:
+    source = base.workload
+    return source.name or (Path(source.trace).name if source.trace else "the configuration's workload")

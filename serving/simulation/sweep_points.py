@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -28,7 +27,12 @@ from serving.simulation.run_source import WorkloadSource, run_figures
 MAX_POINTS = 100_000  # beyond it a range was mistyped
 RATE, SEED = "rate", "seed"  # columns of the axes that are options of their own
 # A simulation depends on none of these, and the first is a path of this machine; the model's shape is counted apart.
-IRRELEVANT: Mapping[str, Any] = {"model": {"checkpoint", "served_model_name"}, "server": True, "ray": True, "clock": True}
+IRRELEVANT: Mapping[str, Any] = {
+    "model": {"checkpoint", "served_model_name"},
+    "server": True,
+    "ray": True,
+    "clock": True,
+}
 
 Row = dict[str, Any]  # scalars by column
 
@@ -103,7 +107,7 @@ def _counted(text: str, option: str) -> list[str]:
 
 
 def grid_points(base: Point, axes: Sequence[Axis]) -> list[Point]:
-    """The cartesian product of the axes over `base`, the last axis fastest. Raises ConfigError for a key given twice."""
+    """The cartesian product of the axes over `base`, the last one fastest. Raises ConfigError for a key given twice."""
     keys = [axis.key for axis in axes]
     fixed = {override.partition("=")[0].strip() for override in base.overrides}
     for key in keys:
@@ -148,7 +152,7 @@ def point_key(point: Point) -> str:
     has a digest of a trace's bytes; so it need not be made to be known. Raises ConfigError if the configuration has a
     mistake.
     """
-    config = load_config(point.config, point.overrides)
+    config = load_config(point.config, (*point.overrides, *point.workload.overrides))
     return _digest([config_identity(config), repr(point.workload.identity), repr(point.goodput), version()])
 
 
@@ -162,12 +166,6 @@ def config_identity(config: RunConfig) -> str:
     load = config.expert_load
     parts = (config.shape, config.charged_shape, config.hardware, None if load is None else load.tobytes().hex())
     return f"{json.dumps(config.model_dump(mode='json', exclude=dict(IRRELEVANT)), sort_keys=True)} {parts!r}"
-
-
-def file_digest(path: Path) -> str:
-    """Of a trace's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def version() -> str:
@@ -186,7 +184,7 @@ def run_point(point: Point) -> Row:
     """
     row: Row = dict(point.varied)
     try:
-        config = load_config(point.config, point.overrides)
+        config = load_config(point.config, (*point.overrides, *point.workload.overrides))
         figures = run_figures(config, point.workload, goodput=point.goodput)
     except (ServingError, ValueError) as error:
         return row | {"status": "invalid", "error": str(error)}
