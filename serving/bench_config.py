@@ -15,7 +15,7 @@ from serving.arrivals import Arrivals, RampUp
 from serving.errors import ConfigError, shown
 from serving.records import Goodput
 from serving.report import SELECTABLE_METRICS, reserved_keys
-from serving.summary import Metric
+from serving.timings import Metric
 
 Backend = Literal["openai", "openai-chat"]
 PromptFormat = Literal["tokens", "text"]

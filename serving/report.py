@@ -16,7 +16,8 @@ from typing import Any
 from serving.arrivals import RampUp
 from serving.records import RequestRecord, Timing
 from serving.spec_decode import SpecDecodeStats
-from serving.summary import METRICS, ClockName, Distribution, Metric, Summary, summarize
+from serving.summary import ClockName, Summary, summarize
+from serving.timings import METRICS, Distribution, Metric
 
 WIDTH = 50
 REPORT_PERCENTILES = (50.0, 90.0, 99.0)  # in every JSON file and in our section, whatever else is asked for

@@ -14,7 +14,7 @@ from serving.core.block_hash import hash_prompt
 from serving.core.ids import RequestId
 from serving.core.request import Request, RequestState
 from serving.frontend import Frontend
-from serving.messages import RequestTimes, SamplingParams, TokenLogprobs
+from serving.messages import SamplingParams, TokenLogprobs
 from serving.records import Outcome, RequestRecord, Timing
 from serving.workload import Workload, WorkloadRequest
 
@@ -79,9 +79,9 @@ class WorkloadRun:
         request = self._request(item)
         self.requests.append(request)
         times = TokenTimes(self._clock)
-        ended = await self._frontend.serve(request, on_token=times)
+        await self._frontend.serve(request, on_token=times)
         self.token_ids[request.request_id] = request.output_token_ids
-        self._records[index] = _record(request, ended, times.instants_ns)
+        self._records[index] = _record(request, times.instants_ns)
         if self._slots is not None:
             self._slots.release()
 
@@ -99,17 +99,17 @@ class WorkloadRun:
         )
 
 
-def _record(request: Request, ended: RequestTimes, token_ns: Sequence[int]) -> RequestRecord:
+def _record(request: Request, token_ns: Sequence[int]) -> RequestRecord:
     assert request.outcome is not None
-    latencies = ended.simulated
     timing = None
-    if latencies.ttft_ms is not None:
+    if request.first_token_ns is not None:
+        assert request.last_token_ns is not None
         timing = Timing(
-            ttft_ns=latencies.ttft_ms * 1e6,
-            e2el_ns=latencies.e2el_ms * 1e6,
+            ttft_ns=request.first_token_ns - request.arrival_ns,
+            e2el_ns=request.last_token_ns - request.arrival_ns,
             start_ns=request.arrival_ns,
             itl_ns=[later - earlier for earlier, later in itertools.pairwise(token_ns)],
-            queue_ns=None if latencies.queue_ms is None else latencies.queue_ms * 1e6,
+            queue_ns=None if request.scheduled_ns is None else request.scheduled_ns - request.arrival_ns,
         )
     return RequestRecord(
         request_id=request.request_id,

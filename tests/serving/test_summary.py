@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from serving.errors import ConfigError
 from serving.records import Goodput, RequestRecord, Timing, parse_goodput
-from serving.summary import WeightedGaps, summarize
+from serving.summary import summarize
+from serving.timings import distribution
 
 MS = 1_000_000
 
@@ -88,16 +89,10 @@ def test_a_tpot_that_the_server_reported_is_not_derived_again():
     st.sampled_from([0.0, 12.5, 50.0, 90.0, 99.0, 100.0]),
 )
 def test_weighted_gaps_give_the_figures_of_the_gaps_written_out(pairs, p):
-    values, counts = zip(*pairs, strict=True)
-    record = dataclasses.replace(finished("a", timing(0, 1)), simulated=Timing(ttft_ns=1, e2el_ns=2))
-    summary = summarize(
-        [record],
-        duration_s=1.0,
-        percentiles=(p,),
-        simulated_gaps=WeightedGaps(values_ns=values, counts=counts),
-    )
+    values, counts = np.array(pairs).T
+    itl = distribution(values / 1e6, counts, (p,))
     written_out = np.repeat(values, counts) / 1e6
-    itl = summary.simulated["itl"]
+    assert distribution(written_out, None, (p,)).percentiles[p] == pytest.approx(itl.percentiles[p])
     assert itl.count == len(written_out)
     assert itl.mean_ms == pytest.approx(written_out.mean())
     assert itl.std_ms == pytest.approx(written_out.std(), abs=1e-6)
