@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from serving.errors import ConfigError, shown
 from serving.simulation.sweep_points import Row
 
-THROUGHPUT = "output_tokens_per_s_per_npu"
+THROUGHPUT = "throughput.output.tokens_per_s_per_npu"
 TPOT = "mean_tpot_ms"
 SUFFIXES = (".html", ".png")
 _X_TITLE, _Y_TITLE = "TPOT, mean (ms): less is more interactive", "Output tokens per second and NPU"

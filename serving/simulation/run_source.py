@@ -7,16 +7,16 @@ Must not know: grids, plans, command lines.
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from serving.config import RunConfig
 from serving.errors import ConfigError, shown
 from serving.records import Goodput
-from serving.report import to_json
 from serving.simulation.columns import RunColumns
+from serving.simulation.figures import figures
 from serving.simulation.run import simulate
 from serving.simulator import load_workload
-from serving.simulator import simulate as old_simulate
 from serving.workload import Workload
 
 
@@ -95,14 +95,23 @@ def load_source(config: RunConfig, source: WorkloadSource) -> Workload:
 
 
 def run_source(config: RunConfig, source: WorkloadSource) -> RunColumns:
-    """Simulate; KeyboardInterrupt if that was cut short, since half a run is no point of anything."""
-    run = simulate(config, load_source(config, source))
-    if run.interrupted:
-        raise KeyboardInterrupt
-    return run
+    """Simulate. Raises KeyboardInterrupt if that was cut short: half a run is no answer to anything asked here."""
+    return _whole(simulate(config, load_source(config, source)))
 
 
 def run_figures(config: RunConfig, source: WorkloadSource, *, goodput: Goodput | None) -> dict[str, Any]:
-    """The figures of a simulation, as JSON values."""
-    row = to_json(old_simulate(config, load_source(config, source)).bench)
-    return row | {"output_tokens_per_s_per_npu": row["output_throughput"] / config.total_npus}
+    """The figures of a simulation, as JSON values. Raises as `run_source`."""
+    workload = load_source(config, source)
+    return figures(config, workload, _whole(simulate(config, workload)), goodput=goodput)
+
+
+def mean_lengths(config: RunConfig, source: WorkloadSource) -> tuple[float, float]:
+    """Mean prompt and output tokens of a request."""
+    requests = load_source(config, source).requests
+    return fmean(r.num_prompt_tokens for r in requests), fmean(r.max_tokens for r in requests)
+
+
+def _whole(run: RunColumns) -> RunColumns:
+    if run.interrupted:
+        raise KeyboardInterrupt
+    return run

@@ -27,6 +27,7 @@ from serving.simulation.columns import NEVER, InstanceColumns, RunColumns
 MAX_GROWTH = 0.02  # of arrivals
 NOISE_SIGMAS = 3.0
 MIN_REQUESTS = 8  # fewer make no quarters
+FULL = 0.97  # share of the time in steps beyond which prefill is the bottleneck
 
 Floats = NDArray[np.float64]
 
@@ -65,6 +66,7 @@ class Attained:
     prefill_busy: float  # share of the measured time
     decode_busy: float
     mean_decode_seqs: float  # rows of a decode step, over all ranks of an instance
+    peak_rank_seqs: int  # most requests that one decode rank had, from their placement on
     output_tokens_per_s: float  # of requests that arrived in the measured time
 
     @property
@@ -80,18 +82,26 @@ class Attained:
         return self.tpot_ms <= self.slo.tpot_ms
 
     @property
+    def keeps_up(self) -> bool:
+        """Whether requests are served as they come, however slowly their tokens follow."""
+        return self.holds_ttft and self.is_stable and not self.num_lost
+
+    @property
     def holds(self) -> bool:
         """Whether the run holds its objectives."""
-        return self.holds_ttft and self.holds_tpot and self.is_stable and not self.num_lost
+        return self.keeps_up and self.holds_tpot
 
     @property
     def is_decode_bound(self) -> bool:
-        """Whether most of the time to a first token is the wait for room at a decode rank."""
-        return self.place_wait_ms > 0.5 * self.ttft_ms
+        """Whether most of the time to a first token is the wait for a decode rank, and not because prefill is full.
+
+        A request has its place at a decode rank while it waits for prefill, so slow prefill fills decode too.
+        """
+        return self.place_wait_ms > 0.5 * self.ttft_ms and self.prefill_busy < FULL
 
     @property
     def excess(self) -> float:
-        """How far the objectives are missed, in shares of them; 0 if they hold. Never below 1 where requests are lost."""
+        """How far the objectives are missed, in shares of them; 0 if they hold, above 1 where requests are lost."""
         parts = (self.ttft_ms / self.slo.ttft_ms - 1, self.tpot_ms / self.slo.tpot_ms - 1)
         growth = 0.0 if self.is_stable else self.queue_growth / self.max_growth
         return sum(max(0.0, part) for part in parts) + growth + (1.0 + self.num_lost if self.num_lost else 0.0)
@@ -108,9 +118,12 @@ class Attained:
             told.append(f"{percentile} TTFT {self.ttft_ms:,.0f} ms > {self.slo.ttft_ms:,g}")
         if not self.holds_tpot:
             told.append(f"{percentile} TPOT {self.tpot_ms:,.1f} ms > {self.slo.tpot_ms:,g}")
-        if told and not (self.holds_ttft and self.is_stable):
-            where = f"decode full, {self.place_wait_ms:,.0f} ms wait for a rank" if self.is_decode_bound else "prefill"
-            told.append(where if self.is_decode_bound else f"prefill {100 * self.prefill_busy:.0f} % busy")
+        if not self.keeps_up:
+            told.append(
+                f"decode full, P{self.slo.percentile:g} wait for a rank {self.place_wait_ms:,.0f} ms"
+                if self.is_decode_bound
+                else f"prefill {100 * self.prefill_busy:.0f} % busy"
+            )
         return told
 
 
@@ -147,6 +160,7 @@ def attain(run: RunColumns, slo: Slo) -> Attained:
         prefill_busy=_busy(by_role["prefill"] or by_role["colocated"], window),
         decode_busy=_busy(decode, window),
         mean_decode_seqs=_mean_seqs(decode, window),
+        peak_rank_seqs=_peak_rank_seqs(run),
         output_tokens_per_s=float(requests.num_output_tokens[done].sum()) / ((window[1] - window[0]) / 1e9),
     )
 
@@ -165,6 +179,21 @@ def _mean_waiting(run: RunColumns, start_ns: float, end_ns: float) -> float:
     has_first = requests.first_token_ns != NEVER
     waited_ns = np.minimum(requests.first_token_ns, end_ns) - np.maximum(requests.arrival_ns, start_ns)
     return float(np.maximum(waited_ns[has_first], 0.0).sum()) / (end_ns - start_ns)
+
+
+def _peak_rank_seqs(run: RunColumns) -> int:
+    """Over the whole run; of a preempted request's attempts the last."""
+    requests = run.requests
+    held = (requests.scheduled_ns != NEVER) & (requests.decode_rank != NEVER)
+    if not held.any():
+        return 0
+    start_ns = requests.scheduled_ns[held]
+    times = np.concatenate([start_ns, np.maximum(requests.last_token_ns[held], start_ns)])
+    deltas = np.repeat([1, -1], len(start_ns))
+    ranks = np.tile(requests.decode_instance[held].astype(np.int64) << 20 | requests.decode_rank[held], 2)
+    order = np.lexsort((-deltas, times, ranks))  # at one instant arrivals first: rather too many
+    # Every rank ends with none, so one running sum does for all.
+    return int(np.cumsum(deltas[order]).max())
 
 
 def _overlaps(instance: InstanceColumns, window: tuple[float, float]) -> Floats:
