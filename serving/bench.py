@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
-from serving.arrivals import generator_for
 from serving.bench_client import BenchClient, RenderText
 from serving.bench_config import BenchConfig
 from serving.bench_stream import StreamRecorder
@@ -30,7 +29,9 @@ from serving.records import RequestRecord
 from serving.report import BenchResult, RunInfo, needed_percentiles
 from serving.spec_decode import SpecDecodeStats, stats_between
 from serving.summary import summarize
-from serving.workload import Piece, Workload, WorkloadRequest, to_ns
+from serving.workloads.arrivals import generator_for
+from serving.workloads.requests import Piece, WorkloadRequest
+from serving.workloads.workload import Workload, to_ns
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +64,14 @@ def run_bench_until_interrupt(
 def send_times_ns(config: BenchConfig, workload: Workload) -> list[int] | None:
     """When each request is due, from the start of the run; None in a closed loop, where a free slot decides."""
     if config.replay:
-        if not workload.has_arrivals:
+        if workload.arrival_ns is None:
             raise ConfigError(f"replay: workload {workload.name} has no arrival times")
-        return [round((request.arrival_ns or 0) * config.time_factor) for request in workload.requests]
+        return [round(arrival_ns * config.time_factor) for arrival_ns in workload.arrival_ns.tolist()]
     arrivals = config.arrivals
     if arrivals.kind == "inf" and config.max_concurrency is not None:
         return None
-    return to_ns(arrivals.times_s(generator_for(config.seed, "arrivals"), len(workload)))
+    due_ns: list[int] = to_ns(arrivals.times_s(generator_for(config.seed, "arrivals"), len(workload))).tolist()
+    return due_ns
 
 
 class _Run:

@@ -22,7 +22,9 @@ from serving.bench_stream import SseParser, StreamError, StreamRecorder, error_m
 from serving.errors import ServingError, shown
 from serving.records import Outcome, RequestRecord
 from serving.spec_decode import Counters, parse_counters
-from serving.workload import Workload, WorkloadRequest, words_from_token_ids
+from serving.workloads.requests import WorkloadRequest
+from serving.workloads.synthetic import words_from_token_ids
+from serving.workloads.workload import Workload
 
 CONNECT_TIMEOUT_S = 30.0
 READY_POLL_S = 0.25

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from serving.arrivals import Arrivals, RampUp
 from serving.errors import ConfigError, shown
 from serving.records import Goodput
 from serving.report import SELECTABLE_METRICS, reserved_keys
 from serving.timings import Metric
+from serving.workloads.arrivals import Arrivals, RampUp
 
 Backend = Literal["openai", "openai-chat"]
 PromptFormat = Literal["tokens", "text"]

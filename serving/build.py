@@ -14,7 +14,6 @@ from devices.fabric import Endpoint, Fabric
 from devices.pipeline import StepTime
 from model import work
 from model.layout import RankLayout, make_layouts
-from serving.arrivals import generator_for
 from serving.batched_ranks import merged_layout
 from serving.charge import step_charge
 from serving.cluster import Cluster
@@ -36,6 +35,7 @@ from serving.plan import block_bytes, die_plan
 from serving.shard import Shard, TimingShard, TorchShard
 from serving.transport import NullTransport, Transport
 from serving.worker import HostPlan, NpuPlan, NpuWorkerPlan, RankPlan
+from serving.workloads.arrivals import generator_for
 
 ChargeFor = Callable[[RunConfig, Role], Callable[[ScheduledBatch], StepTime]]
 

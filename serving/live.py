@@ -34,7 +34,7 @@ from serving.simulator import (
     run_in_virtual_time,
 )
 from serving.system import System
-from serving.workload import Workload
+from serving.workloads.workload import Workload
 
 OnReady = Callable[[System], Awaitable[None] | None]
 

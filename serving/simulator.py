@@ -14,22 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from devices.clock import VirtualClock, run_virtual
-from serving.arrivals import Arrivals
 from serving.build import build_cluster
 from serving.cluster import Cluster
 from serving.config import RunConfig
 from serving.core.event_log import EventLog
 from serving.core.ids import RequestId
+from serving.core.request import Request
 from serving.engine_run import StepRecord
 from serving.expert_load import ExpertLoad
 from serving.frontend import Frontend
 from serving.report import BenchResult, RunInfo, needed_percentiles
 from serving.spec_decode import SpecDecodeStats
 from serving.summary import summarize
-from serving.traces import TraceOptions, load_trace
 from serving.transport import Transport
-from serving.workload import Workload, synthetic_workload
 from serving.workload_run import WorkloadRun
+from serving.workloads.arrivals import Arrivals
+from serving.workloads.synthetic import synthetic_workload
+from serving.workloads.traces import TraceOptions, load_trace
+from serving.workloads.workload import Workload
 
 FIRST_TEXT_TOKEN = 16  # of prompts made from random ids: above the control tokens of the shipped tokenizer
 
@@ -125,9 +127,12 @@ def drive(
     close_transport: Callable[[], Awaitable[None]] | None = None,
     keep_events: bool = False,
     on_step: Callable[[StepRecord], None] = lambda record: None,
+    on_outcome: Callable[[Request], None] = lambda request: None,
     watch: Callable[[Cluster], None] = lambda cluster: None,
 ) -> VirtualRun:
-    """As `run_in_virtual_time`. `on_step` hears of every step; `watch` gets the cluster before it starts."""
+    """As `run_in_virtual_time`. `on_step` hears of every step, `on_outcome` of every request that is over; `watch` gets
+    the cluster before it starts.
+    """
 
     async def main(clock: VirtualClock) -> VirtualRun:
         log = EventLog(keep=keep_events)
@@ -136,13 +141,14 @@ def drive(
         try:
             cluster = build_cluster(config, clock=clock, log=log, transport=transport, on_step=on_step)
             watch(cluster)
-            frontend = Frontend(cluster, tokenizer=None, on_outcome=lambda request, times, instance_id: None)
+            frontend = Frontend(cluster, tokenizer=None, on_outcome=lambda request, *_: on_outcome(request))
             run = WorkloadRun(
                 workload,
                 frontend=frontend,
                 clock=clock,
                 block_size=config.cache.block_size,
                 closed_loop=config.workload.max_concurrency,
+                reads_tokens=open_transport is not None,
             )
             cluster.start()
             try:

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from devices.clock import Clock
-from serving.core.block_hash import hash_prompt
-from serving.core.ids import RequestId
+from serving.core.ids import BlockHash, RequestId
 from serving.core.request import Request, RequestState
 from serving.frontend import Frontend
 from serving.messages import SamplingParams, TokenLogprobs
 from serving.records import Outcome, RequestRecord, Timing
-from serving.workload import Workload, WorkloadRequest
+from serving.workloads.requests import WorkloadRequest
+from serving.workloads.workload import Workload
 
 OUTCOME_OF_STATE: dict[RequestState, Outcome] = {
     RequestState.FINISHED: "finished",
@@ -47,13 +47,24 @@ class WorkloadRun:
     """One pass of a workload; afterwards `records` has one entry per request, in the workload's order."""
 
     def __init__(
-        self, workload: Workload, *, frontend: Frontend, clock: Clock, block_size: int, closed_loop: int | None
+        self,
+        workload: Workload,
+        *,
+        frontend: Frontend,
+        clock: Clock,
+        block_size: int,
+        closed_loop: int | None,
+        reads_tokens: bool,
     ):
-        """`closed_loop`: so many requests at a time, each sent when another ends; None: arrivals decide."""
+        """`closed_loop`: so many requests at a time, each sent when another ends; None: arrivals decide.
+
+        Prompts get their tokens only if something `reads_tokens`; the names of blocks follow from the content.
+        """
         self._workload = workload
         self._frontend = frontend
         self._clock = clock
         self._block_size = block_size
+        self._reads_tokens = reads_tokens
         self._slots = None if closed_loop is None else asyncio.Semaphore(closed_loop)
         self._records: list[RequestRecord | None] = [None] * len(workload)
         self.requests: list[Request] = []  # that have arrived, in the workload's order
@@ -76,7 +87,7 @@ class WorkloadRun:
                 group.create_task(self._serve(index, item))
 
     async def _serve(self, index: int, item: WorkloadRequest) -> None:
-        request = self._request(item)
+        request = self._request(index, item)
         self.requests.append(request)
         times = TokenTimes(self._clock)
         await self._frontend.serve(request, on_token=times)
@@ -85,15 +96,16 @@ class WorkloadRun:
         if self._slots is not None:
             self._slots.release()
 
-    def _request(self, item: WorkloadRequest) -> Request:
-        token_ids = tuple(self._workload.prompt_token_ids(item).tolist())
+    def _request(self, index: int, item: WorkloadRequest) -> Request:
+        token_ids = tuple(self._workload.prompt_token_ids(item).tolist()) if self._reads_tokens else None
+        names = self._workload.block_hashes(index, self._block_size)
         return Request(
             request_id=RequestId(item.request_id),
             arrival_ns=self._clock.now_ns(),
             num_prompt_tokens=item.num_prompt_tokens,
             max_tokens=item.max_tokens,
             prompt_token_ids=token_ids,
-            block_hashes=hash_prompt(token_ids, self._block_size),
+            block_hashes=tuple(BlockHash(name.to_bytes(8, "little")) for name in names),
             priority=item.priority,
             sampling=SamplingParams(max_tokens=item.max_tokens, temperature=0.0, ignore_eos=True, seed=item.seed or 0),
         )

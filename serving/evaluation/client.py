@@ -23,7 +23,7 @@ from serving.client_process import Progress, is_interrupted
 from serving.errors import ConfigError
 from serving.evaluation.questions import Question
 from serving.records import RequestRecord
-from serving.workload import Workload
+from serving.workloads.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

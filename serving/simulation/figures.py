@@ -24,7 +24,7 @@ from serving.simulator import run_info
 from serving.spec_decode import SpecDecodeStats
 from serving.summary import RequestCounts, Summary, summary_of
 from serving.timings import Floats, Timings, TokenTimes
-from serving.workload import Workload
+from serving.workloads.workload import Workload
 
 METRIC_PERCENTILES = (99.0,)
 
@@ -234,9 +234,7 @@ def _cache(config: RunConfig, run: RunColumns) -> dict[str, float | int | None]:
     """Of the finished requests' prompts; blocks are full ones. `pool` is the part that came from the shared pool."""
     requests, block_size = run.requests, config.cache.block_size
     finished = requests.is_finished
-    prompt, cached, pool = (
-        column[finished] for column in (requests.num_prompt_tokens, requests.num_cached_tokens, requests.num_pool_tokens)
-    )
+    prompt, cached = requests.num_prompt_tokens[finished], requests.num_cached_tokens[finished]
     prompt_blocks, cached_blocks = prompt // block_size, cached // block_size
 
     def total(values: NDArray[np.int32]) -> int:
@@ -249,7 +247,7 @@ def _cache(config: RunConfig, run: RunColumns) -> dict[str, float | int | None]:
         "block_size": block_size,
         "prompt_tokens": total(prompt),
         "cached_tokens": total(cached),
-        "pool_tokens": total(pool),
+        "pool_tokens": total(requests.num_pool_tokens[finished]),
         "hit_rate_tokens": share(cached, prompt),
         "prompt_blocks": total(prompt_blocks),
         "cached_blocks": total(cached_blocks),

@@ -6,7 +6,9 @@ Must not know: how the plane decides, how figures are made of the columns.
 It is the way of colocated instances, and what the fast driver is held against.
 """
 
+import itertools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,8 +36,8 @@ from serving.simulation.columns import (
     RunColumns,
 )
 from serving.simulator import drive
-from serving.workload import Workload
 from serving.workload_run import OUTCOME_OF_STATE
+from serving.workloads.workload import Workload
 
 PLANES: tuple[PlaneName, ...] = ("ub", "rdma", "vpc")
 REASONS = tuple(str(reason) for reason in OutcomeReason)
@@ -45,14 +47,28 @@ _STEP_COLUMNS = (
 )  # fmt: skip
 
 
-def run_plain(config: RunConfig, workload: Workload, *, moves: bool = False, digest: bool = False) -> RunColumns:
+def run_plain(
+    config: RunConfig,
+    workload: Workload,
+    *,
+    moves: bool = False,
+    digest: bool = False,
+    on_progress: Callable[[int], None] = lambda num_over: None,
+) -> RunColumns:
     """Run `workload` on the asyncio plane with timing shards. `wall_s` and `peak_rss_bytes` are left at zero.
 
     Raises AssertionError if the plane contradicts itself in the end.
     """
     places = instance_places(config)
     notes = _Notes(config, places, keep_moves=moves)
-    run = drive(config, workload, on_step=notes.on_step, watch=notes.watch)
+    num_over = itertools.count(1)
+    run = drive(
+        config,
+        workload,
+        on_step=notes.on_step,
+        on_outcome=lambda request: on_progress(next(num_over)),
+        watch=notes.watch,
+    )
     cluster, requests = run.cluster, run.workload_run.requests
     return RunColumns(
         requests=_request_columns(requests, notes.placements, places),

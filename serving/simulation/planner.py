@@ -9,21 +9,22 @@ instances than carry the mean load, 10 % left out of account, cannot do. The sea
 what contradicts it, that
 
 - more prefill instances never harm, and do not help where a TTFT is mostly the wait for a decode rank;
-- a lower cap of decode lowers TPOT and lengthens the queue; a queue that grows without bound does so with lower caps too;
+- a lower cap of decode lowers TPOT and lengthens the queue; one that grows without bound does so with lower caps too;
 - what holds at a rate holds at lower ones.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 
 from serving.config import RunConfig
 from serving.config_file import load_config
 from serving.errors import ConfigError
 from serving.simulation.capacity import decode_tokens_per_s, prefill_tokens_per_s
+from serving.simulation.plan_trials import Caps, Plan, Split, Trial
 from serving.simulation.run_source import WorkloadSource, mean_lengths, run_source
-from serving.simulation.slo import Attained, Slo, attain
+from serving.simulation.slo import Slo, attain
 
 DECODE_CAPS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)  # shares of the preset's max_num_seqs, falling
 PREFILL_CAPS = (1.0, 0.5, 0.25)  # shares of the preset's max_num_batched_tokens
@@ -33,70 +34,6 @@ MIN_REQUESTS = 400  # so that 200 are measured, two of which are beyond the 99th
 RATE_STEP = 1.02  # between neighboring rates: how exactly the highest is found
 LOWEST_STEP = -300  # below 1/380 of the first guess nothing is looked for
 SPARE_DECODE = 2  # decode instances are tried up to twice what the estimate wants, and so many more
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class Split:
-    """Instances of each role. `num_npus` of all."""
-
-    num_npus: int
-    prefill: int
-    decode: int
-
-    def __str__(self) -> str:
-        return f"{self.prefill} prefill + {self.decode} decode"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caps:
-    """Batch caps: `decode` is its max_num_seqs, `prefill` its max_num_batched_tokens."""
-
-    decode: int
-    prefill: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """One simulation of the search. `error` in place of `attained`: the configuration cannot be."""
-
-    split: Split
-    caps: Caps
-    rate: float
-    attained: Attained | None
-    error: str | None = None
-
-    @property
-    def holds(self) -> bool:
-        return self.attained is not None and self.attained.holds
-
-    @property
-    def excess(self) -> float:
-        return math.inf if self.attained is None else self.attained.excess
-
-    def reasons(self) -> list[str]:
-        """Why it does not hold."""
-        return [self.error or ""] if self.attained is None else self.attained.reasons()
-
-
-@dataclass(slots=True, kw_only=True)
-class Plan:
-    """`chosen` is None where nothing holds. `outcomes` has the best trial of every split that was tried."""
-
-    chosen: Trial | None = None
-    outcomes: dict[Split, Trial] = field(default_factory=dict)
-    first_misses: dict[Split, Trial] = field(default_factory=dict)  # of a search for a rate: just above the one that holds
-    notes: list[str] = field(default_factory=list)
-    is_complete: bool = True  # False: the simulations allowed did not suffice
-
-    @property
-    def held(self) -> list[Trial]:
-        """Of the splits that hold, their best trials."""
-        return [trial for trial in self.outcomes.values() if trial.holds]
-
-    @property
-    def closest(self) -> Trial | None:
-        """What misses the objectives least."""
-        return min(self.outcomes.values(), key=lambda trial: (trial.excess, trial.split), default=None)
 
 
 class _Exhausted(Exception):
@@ -141,8 +78,8 @@ class Planner:
         least = max(1, math.ceil(wanted / ESTIMATE_SLACK))
         if least > 1:
             plan.notes.append(
-                f"{least - 1} decode: not tried, {least - 1} x {self._decode_rate:,.2f} req/s within the TPOT by the "
-                f"estimate, {rate:,.2f} arrive"
+                f"{least - 1} decode or fewer: not tried; by the estimate one holds {self._decode_rate:,.2f} req/s at most "
+                f"within this TPOT, {rate:,.4g} arrive"
             )
         guess = math.ceil(rate / self._prefill_rate) if self._prefill_rate else 1
         limit = self.base.hardware.num_npus

@@ -17,7 +17,7 @@ from serving.simulation.columns import RunColumns
 from serving.simulation.figures import figures
 from serving.simulation.run import simulate
 from serving.simulator import load_workload
-from serving.workload import Workload
+from serving.workloads.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,6 @@ from serving.simulation.columns import NEVER, InstanceColumns, RunColumns
 MAX_GROWTH = 0.02  # of arrivals
 NOISE_SIGMAS = 3.0
 MIN_REQUESTS = 8  # fewer make no quarters
-FULL = 0.97  # share of the time in steps beyond which prefill is the bottleneck
 
 Floats = NDArray[np.float64]
 
@@ -59,6 +58,7 @@ class Attained:
     ttft_ms: float  # infinite if nothing finished
     tpot_ms: float  # 0 if no request has one
     place_wait_ms: float  # from arrival until a decode rank had room; part of TTFT
+    prefill_hold_share: float  # of the time that places at decode ranks were held, the part before the first token
     num_measured: int
     num_lost: int  # measured, not finished, though they could have been served
     queue_growth: float  # requests, by the definition above
@@ -93,11 +93,12 @@ class Attained:
 
     @property
     def is_decode_bound(self) -> bool:
-        """Whether most of the time to a first token is the wait for a decode rank, and not because prefill is full.
+        """Whether the time to a first token is mostly the wait for a decode rank, and that not for slow prefill.
 
-        A request has its place at a decode rank while it waits for prefill, so slow prefill fills decode too.
+        A request has its place at a decode rank while it waits for prefill, so slow prefill fills decode too: then most
+        of the time that a place is held passes before the first token.
         """
-        return self.place_wait_ms > 0.5 * self.ttft_ms and self.prefill_busy < FULL
+        return self.place_wait_ms > 0.5 * self.ttft_ms and self.prefill_hold_share < 0.5
 
     @property
     def excess(self) -> float:
@@ -117,7 +118,7 @@ class Attained:
         if not self.holds_ttft:
             told.append(f"{percentile} TTFT {self.ttft_ms:,.0f} ms > {self.slo.ttft_ms:,g}")
         if not self.holds_tpot:
-            told.append(f"{percentile} TPOT {self.tpot_ms:,.1f} ms > {self.slo.tpot_ms:,g}")
+            told.append(f"{percentile} TPOT {self.tpot_ms:,.2f} ms > {self.slo.tpot_ms:,g}")
         if not self.keeps_up:
             told.append(
                 f"decode full, P{self.slo.percentile:g} wait for a rank {self.place_wait_ms:,.0f} ms"
@@ -153,6 +154,10 @@ def attain(run: RunColumns, slo: Slo) -> Attained:
         ttft_ms=_percentile(requests.first_token_ns[done] - arrival[done], slo.percentile, empty=math.inf),
         tpot_ms=_percentile(tpot, slo.percentile, empty=0.0),
         place_wait_ms=_percentile(requests.scheduled_ns[done] - arrival[done], slo.percentile, empty=0.0),
+        prefill_hold_share=_share(
+            (requests.first_token_ns - requests.scheduled_ns)[done],
+            (requests.last_token_ns - requests.scheduled_ns)[done],
+        ),
         num_measured=int(measured.sum()),
         num_lost=int((measured & ~done & ~impossible).sum()),
         queue_growth=last - second,
@@ -171,6 +176,10 @@ def _index(words: tuple[str, ...], word: str) -> int:
 
 def _percentile(values_ns: NDArray[np.int64] | Floats, percentile: float, *, empty: float) -> float:
     return float(np.percentile(values_ns, percentile)) / 1e6 if values_ns.size else empty
+
+
+def _share(part_ns: NDArray[np.int64], whole_ns: NDArray[np.int64]) -> float:
+    return float(part_ns.sum() / whole_ns.sum()) if whole_ns.sum() else 0.0
 
 
 def _mean_waiting(run: RunColumns, start_ns: float, end_ns: float) -> float:
@@ -213,5 +222,3 @@ def _mean_seqs(instances: list[InstanceColumns], window: tuple[float, float]) ->
     total = sum(float(w.sum()) for w in weights)
     rows = sum(float(w @ instance.num_seqs) for w, instance in zip(weights, instances, strict=True))
     return rows / total if total else 0.0
-
-

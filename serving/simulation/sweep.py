@@ -4,7 +4,7 @@ Owns: which points still have to run, their order, what becomes of one that fail
 Must not know: what a simulation is, Ray, command lines, pictures.
 
 The search is a coordinate descent: from the middle of every axis, all values of one axis at a time, to the best of
-them, until no axis has a better one. It ends at a point that no single change improves, which need not be the grid's best.
+them, until no axis has a better one. It ends at a point that no single change improves, which need not be the best.
 """
 
 import itertools

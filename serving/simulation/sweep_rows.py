@@ -4,7 +4,8 @@ Owns: what is done already, by the identity of its point; that a row once told i
 Must not know: what a row says.
 
 Beside F.parquet lies F.parquet.journal while a sweep runs: a JSON object per line, each complete as soon as its point
-is done. A process that is killed leaves the journal, and the next sweep begins with it; half a line at its end is dropped.
+is done. A process that is killed leaves the journal, and the next sweep begins with it; half a line at its end is
+dropped.
 """
 
 import fcntl

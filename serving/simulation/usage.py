@@ -91,11 +91,14 @@ def plane_figures(totals: PlaneTotals, simulated_s: float) -> Figures:
 
 
 def pool_figures(pool: PoolColumns, simulated_s: float) -> Figures:
-    """The shared pool. Hits and misses count blocks that loads asked for; `used` is over the simulated time."""
+    """The shared pool; its occupancy is over the simulated time.
+
+    Hits and misses count blocks that loads asked for. A request of which the pool has nothing asks for none, so the
+    share of its prompt that a workload found is under `cache`, not here.
+    """
     end_ns = max(round(simulated_s * 1e9), int(pool.time_ns.max(initial=0)))
     instants = np.concatenate([[0], pool.time_ns, [end_ns]])
     used = np.concatenate([[0], pool.used_bytes])
-    asked = pool.num_hits + pool.num_misses
     return {
         "capacity_bytes": pool.capacity_bytes,
         "block_bytes": pool.block_bytes,
@@ -104,7 +107,6 @@ def pool_figures(pool: PoolColumns, simulated_s: float) -> Figures:
         "host_used_bytes": {"min": int(pool.host_used_bytes.min()), "max": int(pool.host_used_bytes.max())},
         "hits": pool.num_hits,
         "misses": pool.num_misses,
-        "hit_rate": pool.num_hits / asked if asked else None,
         "evicted": pool.num_evicted,
         "loaded": pool.num_loaded_blocks,
         "stored": pool.num_stored_blocks,

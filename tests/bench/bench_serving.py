@@ -25,7 +25,7 @@ from model.checkpoint import write_random_checkpoint
 from serving.bench import run_bench
 from serving.bench_config import BenchConfig
 from serving.config_file import load_config
-from serving.workload import synthetic_workload
+from serving.workloads.synthetic import synthetic_workload
 
 BATCH, PROMPT, NEW, ROUNDS = 16, 128, 128, 3
 PORT = 18427

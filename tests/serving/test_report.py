@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from serving.arrivals import RampUp
 from serving.records import Goodput, RequestRecord, Timing
 from serving.report import BenchResult, RunInfo, format_table, reserved_keys, result_filename, to_json
 from serving.summary import summarize
+from serving.workloads.arrivals import RampUp
 
 MS = 1_000_000
 

@@ -7,8 +7,9 @@ import pytest
 
 from serving.errors import ConfigError, EngineFailure
 from serving.simulator import load_workload, run_in_virtual_time, simulate
-from serving.traces import TraceError
-from serving.workload import Workload, WorkloadRequest
+from serving.workloads.requests import WorkloadRequest
+from serving.workloads.traces import TraceError
+from serving.workloads.workload import Workload
 
 
 def workload_of(*requests, **changes):

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from serving.bench import run_bench
 from serving.bench_config import BenchConfig
-from serving.workload import synthetic_workload
+from serving.workloads.synthetic import synthetic_workload
 
 
 class Exchange:

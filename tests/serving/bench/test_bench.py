@@ -7,7 +7,8 @@ import pytest
 from serving.bench import run_bench
 from serving.records import Goodput
 from serving.report import format_table, to_json
-from serving.workload import Workload, WorkloadRequest
+from serving.workloads.requests import WorkloadRequest
+from serving.workloads.workload import Workload
 
 
 def only(result):

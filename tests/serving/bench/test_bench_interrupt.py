@@ -77,7 +77,7 @@ import sys
 from serving.bench import run_bench_until_interrupt
 from serving.bench_config import BenchConfig
 from serving.report import format_table
-from serving.workload import synthetic_workload
+from serving.workloads.synthetic import synthetic_workload
 workload = synthetic_workload(num_requests=3, input_len=8, output_len=2, name="w")
 result = run_bench_until_interrupt(BenchConfig(base_url=sys.argv[1], max_concurrency=1), workload)
 print(format_table(result))

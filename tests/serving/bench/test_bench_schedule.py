@@ -6,12 +6,12 @@ import socket
 
 import pytest
 
-from serving.arrivals import Arrivals, RampUp
 from serving.bench import run_bench, send_times_ns
 from serving.bench_client import EndpointNotReady
 from serving.bench_config import BenchConfig
 from serving.errors import ConfigError
 from serving.report import to_json
+from serving.workloads.arrivals import Arrivals, RampUp
 
 
 @pytest.mark.asyncio

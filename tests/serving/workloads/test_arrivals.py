@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from serving.arrivals import (
+from serving.errors import ConfigError
+from serving.workloads.arrivals import (
     ARRIVAL_KINDS,
     Arrivals,
     RampUp,
@@ -15,7 +16,6 @@ from serving.arrivals import (
     generator_for,
     poisson,
 )
-from serving.errors import ConfigError
 
 COUNT = 20_000
 

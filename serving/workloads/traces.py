@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.arrivals import generator_for
 from serving.errors import ConfigError, ServingError, shown
-from serving.workload import DEFAULT_VOCABULARY, Piece, Workload, WorkloadRequest
+from serving.workloads.arrivals import generator_for
+from serving.workloads.requests import Piece, WorkloadRequest
+from serving.workloads.workload import DEFAULT_VOCABULARY, Workload
 
 MOONCAKE_BLOCK_SIZE = 512
 MOONCAKE_SPREAD_MS = 3000.0

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from serving.errors import ConfigError
-from serving.traces import TraceError, TraceOptions, load_azure, load_mooncake, load_trace
+from serving.workloads.traces import TraceError, TraceOptions, load_azure, load_mooncake, load_trace
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
+DATA = Path(__file__).parents[3].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the folder of public traces is not beside the project")
 
 
