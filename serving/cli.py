@@ -25,6 +25,8 @@ from serving.expert_load_command import expert_load
 from serving.expert_traffic_command import expert_traffic
 from serving.quantize_command import quantize
 from serving.simulation.command import simulate
+from serving.simulation.plan_command import plan
+from serving.simulation.sweep_command import sweep
 from serving.simulation.verify_command import verify
 
 if TYPE_CHECKING:
@@ -218,6 +220,8 @@ app.command()(quantize)
 app.command("eval")(evaluate)
 app.command("expert-load")(expert_load)
 app.command("expert-traffic")(expert_traffic)
+app.command()(sweep)
+app.command()(plan)
 app.command()(reproduce)
 app.command()(calibrate)
 app.command()(verify)

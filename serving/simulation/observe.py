@@ -29,8 +29,8 @@ from serving.simulation.verify import (
     with_all_instances,
 )
 from serving.simulator import SimulationResult, simulate
-from serving.summary import Metric
 from serving.system import System
+from serving.timings import Metric
 from serving.workloads.workload import Workload
 
 _SERVED_ID = re.compile(r"cmpl-(.+)-\d+-\d+")  # of the HTTP layer, around the client's own
