@@ -19,6 +19,7 @@ from serving.simulation.event_loop import EventLoop
 from serving.simulation.step_notes import StepNotes
 
 ChargeDecode = Callable[[RunStep], StepTime]
+CHARGED_AHEAD = 4  # steps of a run
 
 
 class DecodeInstance:
@@ -28,6 +29,7 @@ class DecodeInstance:
         self,
         *,
         index: int,
+        first_rank: int,
         ranks: DecodeRanks,
         planner: DecodePlanner,
         charge: ChargeDecode,
@@ -43,6 +45,7 @@ class DecodeInstance:
         `on_preempted(row, last_ns)` says when it had its last token here, NEVER if it had none.
         """
         self.index = index
+        self.first_rank = first_rank  # its place among the ranks of all decode instances
         self.instance_id = notes.instance_id
         self.dies = dies
         self.ranks = ranks
@@ -60,7 +63,7 @@ class DecodeInstance:
         self._run: DecodeRun | None = None
         self._stalled_since: dict[int, tuple[DecodeRow, int]] = {}  # by id: when they had their last token
         self._times: list[StepTime] = []
-        self._bounds_ns: list[int] = []  # of the run's steps: step i is from bound i to bound i + 1
+        self._bounds_ns: list[int] = []  # of the run's charged steps: step i is from bound i to bound i + 1
         self._num_steps = 0  # of the run that will be made: fewer than were decided if it was cut
         self._is_woken = False
 
@@ -125,6 +128,20 @@ class DecodeInstance:
         bounds, last = self._bounds_ns, self._num_steps
         self._loop.call_at(bounds[last], self._end, (self._run, last), called_ns=bounds[last - 1])
 
+    def _charge_on(self, run: DecodeRun) -> None:
+        """Charge the run's next steps: not all at once, since it may be cut before they begin."""
+        if run is not self._run or len(self._times) >= self._num_steps:
+            return  # it was cut
+        times, bounds = self._times, self._bounds_ns
+        for step in run.steps[len(times) : min(len(times) + CHARGED_AHEAD, self._num_steps)]:
+            time = self._charge(step)
+            times.append(time)
+            bounds.append(bounds[-1] + time.ns)
+        if len(times) == self._num_steps:
+            self._schedule_end()
+        else:
+            self._loop.call_at(bounds[-1], self._charge_on, run, gives_way=False)
+
     def _step(self, _: None) -> None:
         self._is_woken = False
         while True:
@@ -138,14 +155,10 @@ class DecodeInstance:
                     self._preempt(row)
             if run.steps:
                 break
-        self._run = run
-        self._times = [self._charge(step) for step in run.steps]
-        bounds = [self._loop.now_ns]
-        for time in self._times:
-            bounds.append(bounds[-1] + time.ns)
-        self._bounds_ns, self._num_steps = bounds, len(run.steps)
+        self._run, self._num_steps = run, len(run.steps)
+        self._times, self._bounds_ns = [], [self._loop.now_ns]
         run.begin(1)
-        self._schedule_end()
+        self._charge_on(run)
 
     def _end(self, which: tuple[DecodeRun, int]) -> None:
         run, num_steps = which

@@ -58,7 +58,11 @@ class Driver:
         hidden_state_bytes: int,
         on_progress: Callable[[int], None],
     ) -> None:
-        """`room`: of all decode ranks, instance after instance, kept up to date by their instances."""
+        """`room`: of all decode ranks, instance after instance; blocks are kept up to date by their instances.
+
+        Its slots are those that neither the router nor the rank counts as taken: the one lets go of a request before
+        the other, at one instant.
+        """
         self._config = config
         self._workload = workload
         self._loop = loop
@@ -76,7 +80,6 @@ class Driver:
         self._on_progress = on_progress
         self._num_over = 0
         self._block_size = config.cache.block_size
-        self._max_num_seqs = config.instances["decode"].max_num_seqs
         self._max_queued = config.scheduler.max_queued_requests
         self._has_priorities = config.scheduler.policy == "priority"
         self._needs_hashes = pool is not None or config.instances["prefill"].prefix_caching
@@ -187,11 +190,7 @@ class Driver:
             request_id=life.request_id,
             num_tokens=num_tokens,
             num_blocks=num_tokens // self._block_size + 1,
-            # A request that is leaving may be gone for the router and still hold its slot.
-            room=Room(
-                free_blocks=self._room.free_blocks,
-                free_slots=np.minimum(self._room.free_slots, self._max_num_seqs - router.num_requests),
-            ),
+            room=self._room,
             num_prefix_tokens=self._prefix_tokens(life),
         )
         if placement is None:
@@ -215,6 +214,7 @@ class Driver:
             key=(life.priority, life.order),
             draw=life.draw,
         )
+        self._room.free_slots[life.decode.first_rank + placement.rank] -= 1
         life.prefill_holds = life.decode_holds = 1
         life.needs_prefill = True
         return True
@@ -402,7 +402,7 @@ class Driver:
         self._loop.call_soon(self._start_again, life)
 
     def _start_again(self, life: Life) -> None:
-        self._router.release(life.request_id)
+        self._leave_router(life)
         self._leave_prefill(life)
         life.decode_holds -= 1
         assert not life.decode_holds
@@ -423,7 +423,7 @@ class Driver:
     # --- the end ---
 
     def _finish(self, life: Life) -> None:
-        self._router.release(life.request_id)
+        self._leave_router(life)
         self._leave_prefill(life)
         self._release_decode(life)
         self._close(life, OutcomeReason.LENGTH)
@@ -455,6 +455,17 @@ class Driver:
             self._on_progress(self._num_over)
         del self._lives[life.index]
 
+    def _leave_router(self, life: Life) -> None:
+        self._router.release(life.request_id)
+        assert life.row is not None
+        if not life.row.holds_slot:
+            self._free_slot(life)
+
+    def _free_slot(self, life: Life) -> None:
+        assert life.decode is not None
+        assert life.row is not None
+        self._room.free_slots[life.decode.first_rank + life.row.rank] += 1
+
     def _leave_prefill(self, life: Life) -> None:
         """The request itself needs its blocks at the prefill instance no longer; movements may."""
         if life.needs_prefill:
@@ -477,6 +488,8 @@ class Driver:
         if not life.decode_holds:
             assert life.decode is not None
             assert life.row is not None
+            if life.row.holds_slot:
+                self._free_slot(life)
             life.decode.release(life.row)
             self._admit_waiting()
 

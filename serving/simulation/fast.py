@@ -79,7 +79,7 @@ def run_fast(
     prefill_section, decode_section = config.instances["prefill"], config.instances["decode"]
     num_ranks = config.num_scheduling_ranks("decode")
     free_blocks = np.zeros(decode_section.count * num_ranks, np.int64)
-    free_slots = np.zeros_like(free_blocks)
+    free_slots = np.full_like(free_blocks, decode_section.max_num_seqs)
     charge_prompts = _prompt_charge(step_time_model(config, "prefill"), config.world_size("prefill"))
     charge_decode = _decode_charge(step_time_model(config, "decode"), num_ranks)
     acceptance = acceptance_table(config.speculative.acceptance) if config.is_speculative else None
@@ -120,11 +120,11 @@ def run_fast(
                 max_num_seqs=decode_section.max_num_seqs,
                 acceptance=acceptance,
                 free_blocks=free_blocks[own],
-                num_free_slots=free_slots[own],
             )
             decodes.append(
                 DecodeInstance(
                     index=index,
+                    first_rank=own.start,
                     ranks=ranks,
                     planner=DecodePlanner(ranks, max_steps=max_run_steps),
                     charge=charge_decode,

@@ -6,6 +6,7 @@ Must not know: who decides.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from serving.core.decode_ranks import DecodeRow
 from serving.core.ids import BlockHash, RequestId
@@ -74,14 +75,15 @@ class LifeNotes:
         size = len(workload)
         self._columns = {name: filled_column(NEVER, size) for name in _INSTANTS}
         self._columns |= {name: filled_column(0, size) for name in _COUNTS}
+        self._in_order = [self._columns[name] for name in _INSTANTS + _COUNTS]
         self._codes = {name: filled_column(NEVER, size) for name in _CODES}
         self.num_arrived = 0
 
     def write(self, life: Life, reason: OutcomeReason) -> None:
         """It is over."""
-        index, columns, codes = life.index, self._columns, self._codes
-        for name in _OF_LIFE:
-            columns[name][index] = getattr(life, name)
+        index, codes = life.index, self._codes
+        for column, value in zip(self._in_order, _OF_LIFE(life), strict=True):
+            column[index] = value
         codes["outcome"][index] = OUTCOME_OF_REASON[reason]
         codes["reason"][index] = CODE_OF_REASON[reason]
         if life.prefill is not None:
@@ -110,4 +112,4 @@ _COUNTS = (
     "num_prompt_tokens", "max_tokens", "num_output_tokens", "num_cached_tokens", "num_pool_tokens", "num_preemptions",
 )  # fmt: skip
 _CODES = ("outcome", "reason", "prefill_instance", "decode_instance", "decode_rank")
-_OF_LIFE = _INSTANTS + _COUNTS
+_OF_LIFE = attrgetter(*_INSTANTS, *_COUNTS)
