@@ -65,6 +65,7 @@ class Driver:
         self._prefills = prefills
         self._decodes = decodes
         self._free_blocks = free_blocks
+        self._ending: Life | None = None  # the router has let go of it, its decode rank not yet
         self._notes = notes
         self._moves = moves
         self._kv_bytes_per_token = kv_bytes_per_token
@@ -177,11 +178,14 @@ class Driver:
         for decode in self._decodes:
             decode.catch_up()
         num_tokens, router = life.num_tokens, self._router
+        free_slots = self._max_num_seqs - router.num_requests
+        if self._ending is not None:
+            free_slots[self._rank_index(self._ending)] -= 1
         placement = router.reserve(
             request_id=life.request_id,
             num_tokens=num_tokens,
             num_blocks=num_tokens // self._block_size + 1,
-            room=Room(free_blocks=self._free_blocks, free_slots=self._max_num_seqs - router.num_requests),
+            room=Room(free_blocks=self._free_blocks, free_slots=free_slots),
             num_prefix_tokens=self._prefix_tokens(life),
         )
         if placement is None:
@@ -208,6 +212,12 @@ class Driver:
         life.prefill_holds = life.decode_holds = 1
         life.needs_prefill = True
         return True
+
+    def _rank_index(self, life: Life) -> int:
+        """Index of its decode rank among all."""
+        assert life.decode is not None
+        assert life.row is not None
+        return self._decodes.index(life.decode) * len(life.decode.dies) + life.row.rank
 
     def _prefix_tokens(self, life: Life) -> Counts | None:
         if self._config.router.policy != "prefix_affinity":
@@ -413,8 +423,11 @@ class Driver:
     # --- the end ---
 
     def _finish(self, life: Life) -> None:
+        assert life.row is not None
         self._router.release(life.request_id)
+        self._ending = life if life.row.holds_slot else None  # until it is released, where it has never decoded
         self._leave_prefill(life)
+        self._ending = None
         self._release_decode(life)
         self._close(life, OutcomeReason.LENGTH)
         if self._is_closed_loop:

@@ -19,7 +19,7 @@ from serving.config import Role
 from serving.core.event_log import Event
 from serving.records import RequestRecord
 from serving.report import BenchResult
-from serving.summary import Metric
+from serving.timings import Metric
 
 LATENCIES: tuple[Metric, ...] = ("ttft", "tpot", "itl", "e2el")
 SHOWN_SHARE_PERCENT = 5.0  # of the verdict where no tolerance is asked for
