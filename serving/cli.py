@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from model.train import train
-from serving.cli_options import Json, Overrides, Ray
+from serving.cli_options import Config, Json, Overrides, Ray, Trace, TraceScale
 from serving.errors import ConfigError, ServingError
 from serving.estimation.calibrate_command import calibrate
 from serving.estimation.estimate_command import app as estimate
@@ -24,6 +24,9 @@ from serving.evaluation.command import evaluate
 from serving.expert_load_command import expert_load
 from serving.expert_traffic_command import expert_traffic
 from serving.quantize_command import quantize
+from serving.simulation.command import simulate
+from serving.simulation.plan_command import plan
+from serving.simulation.sweep_command import sweep
 from serving.simulation.verify_command import verify
 
 if TYPE_CHECKING:
@@ -38,14 +41,6 @@ app = typer.Typer(
 app.command()(train)
 
 
-Config = Annotated[str, typer.Argument(help="Preset, such as laptop, or a YAML file.", metavar="CONFIG")]
-Trace = Annotated[
-    Path | None,
-    typer.Option("--trace", help="Workload from a trace: Mooncake .jsonl or Azure .csv, or .gz of it.", dir_okay=False),
-]
-TraceScale = Annotated[
-    int, typer.Option("--trace-divisor", help="Divide the trace's lengths, for a short context.", min=1)
-]
 Shards = Annotated[
     Literal["torch", "timing"],
     typer.Option("--shards", help="torch: real tokens in Ray actors; timing: no tensors, no Ray."),
@@ -108,21 +103,7 @@ def run(
     _finish(run_once(settings, trace=trace, trace_divisor=trace_divisor, shards=shards, address=address), json_file)
 
 
-@app.command()
-def simulate(
-    config: Config,
-    overrides: Overrides = None,
-    json_file: Json = None,
-    trace: Trace = None,
-    trace_divisor: TraceScale = 1,
-) -> None:
-    """Run the workload in virtual time with timing shards: one process, no tensors, no Ray."""
-    from serving import simulator
-    from serving.config_file import load_config
-
-    settings = load_config(config, overrides or ())
-    workload = simulator.load_workload(settings, trace=trace, trace_divisor=trace_divisor)
-    _finish(simulator.simulate(settings, workload).bench, json_file)
+app.command()(simulate)
 
 
 @app.command()
@@ -239,6 +220,8 @@ app.command()(quantize)
 app.command("eval")(evaluate)
 app.command("expert-load")(expert_load)
 app.command("expert-traffic")(expert_traffic)
+app.command()(sweep)
+app.command()(plan)
 app.command()(reproduce)
 app.command()(calibrate)
 app.command()(verify)

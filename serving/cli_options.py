@@ -35,6 +35,14 @@ def listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+Config = Annotated[str, typer.Argument(help="Preset, such as laptop, or a YAML file.", metavar="CONFIG")]
+Trace = Annotated[
+    Path | None,
+    typer.Option("--trace", help="Workload from a trace: Mooncake .jsonl or Azure .csv, or .gz of it.", dir_okay=False),
+]
+TraceScale = Annotated[
+    int, typer.Option("--trace-divisor", help="Divide the trace's lengths, for a short context.", min=1)
+]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set a.b=c.", metavar="KEY=VALUE")]
 Json = Annotated[
     Path | None,

@@ -249,7 +249,6 @@ class Cluster:
         move = self._move(self._transfer(request, placed), placed.prefill_hold, placed.decode_hold)
         await asyncio.shield(move)  # a life that is ended meanwhile leaves the movement to its end
         placed.leave_prefill()  # whoever waits there for blocks must not wait until this request is decoded
-        placed.leave_prefill()
 
     async def decode(self, request: Request, placed: Placed, *, sink: TokenSink) -> RunEnd:
         """Generate from the transferred KV to the request's end, or until it is preempted."""

@@ -51,7 +51,6 @@ class Placed:
     decode_hold: Hold | None = None
     decode_blocks: BlockIds | None = None
     needs_prefill: bool = True  # its blocks at the prefill instance, for itself
-    has_left_prefill: bool = False
 
     @property
     def is_disaggregated(self) -> bool:

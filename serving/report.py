@@ -80,26 +80,27 @@ def needed_percentiles(metric_percentiles: Sequence[float]) -> tuple[float, ...]
     return tuple(sorted({*REPORT_PERCENTILES, *map(float, metric_percentiles)}))
 
 
-def format_table(result: BenchResult) -> str:
-    """The table, without a newline at the end."""
-    lines = [" Serving Benchmark Result ".center(WIDTH, "="), *_vllm_rows(result)]
+def format_table(result: BenchResult, *, more_rows: Sequence[str] = ()) -> str:
+    """The table, without a newline at the end; `more_rows` come after the outcomes."""
+    title = " Serving Benchmark Result (interrupted) " if result.interrupted else " Serving Benchmark Result "
+    lines = [title.center(WIDTH, "="), *_vllm_rows(result)]
     for metric in result.percentile_metrics:
         name, values = metric.upper(), _main_distribution(result.summary, metric)
         lines += [
             _HEADERS[metric].center(WIDTH, "-"),
-            _row(f"Mean {name} (ms):", values.mean_ms if values else 0.0),
-            _row(f"Median {name} (ms):", values.median_ms if values else 0.0),
+            row(f"Mean {name} (ms):", values.mean_ms if values else 0.0),
+            row(f"Median {name} (ms):", values.median_ms if values else 0.0),
         ]
         for p in result.metric_percentiles:
-            lines.append(_row(f"P{p:g} {name} (ms):", values.percentiles[p] if values else 0.0))
+            lines.append(row(f"P{p:g} {name} (ms):", values.percentiles[p] if values else 0.0))
     if result.spec_decode is not None:
         lines.append("Speculative Decoding".center(WIDTH, "-"))
-        lines += [label if value is None else _row(label, value) for label, value in result.spec_decode.rows()]
+        lines += [label if value is None else row(label, value) for label, value in result.spec_decode.rows()]
     lines += _clock_rows(result.summary)
-    lines += _outcome_rows(result)
+    lines += [*_outcome_rows(result), *more_rows]
     for title, section in (("Cluster", result.cluster), ("Held at Rest", result.held_at_rest)):
         if section is not None:
-            lines += [title.center(WIDTH, "-"), *(_row(f"{key}:", value) for key, value in section.items())]
+            lines += [title.center(WIDTH, "-"), *(row(f"{key}:", value) for key, value in section.items())]
     return "\n".join([*lines, "=" * WIDTH])
 
 
@@ -185,7 +186,7 @@ def _vllm_rows(result: BenchResult) -> list[str]:
         ("Peak concurrent requests:", float(summary.max_concurrent_requests)),
         ("Total token throughput (tok/s):", summary.total_token_throughput),
     ]
-    return [_row(label, value) for label, value in rows if value is not None]
+    return [row(label, value) for label, value in rows if value is not None]
 
 
 def _clock_rows(summary: Summary) -> list[str]:
@@ -212,27 +213,25 @@ def _clock_rows(summary: Summary) -> list[str]:
 def _outcome_rows(result: BenchResult) -> list[str]:
     summary = result.summary
     rows = ["Requests by Outcome".center(WIDTH, "-")]
-    rows += [_row(f"{outcome.capitalize()}:", count) for outcome, count in summary.outcomes.items()]
-    rows += [_row(f"  {reason}"[:40], count) for reason, count in summary.reasons.items()]
+    rows += [row(f"{outcome.capitalize()}:", count) for outcome, count in summary.outcomes.items()]
+    rows += [row(f"  {reason}"[:40], count) for reason, count in summary.reasons.items()]
     if result.interrupted:
-        rows.append(_row("Not sent (interrupted):", result.num_not_sent))
+        rows.append(row("Not sent (interrupted):", result.num_not_sent))
     if summary.num_without_usage:
-        rows.append(_row("Tokens counted by chunks (no usage):", summary.num_without_usage))
+        rows.append(row("Tokens counted by chunks (no usage):", summary.num_without_usage))
     if summary.cache_hit_rate is not None:
-        rows.append(_row("Cache hit rate (% of prompt tokens):", 100 * summary.cache_hit_rate))
+        rows.append(row("Cache hit rate (% of prompt tokens):", 100 * summary.cache_hit_rate))
     for clock, share in summary.slo_attainment.items():
         if share is not None:
-            rows.append(_row(f"Within SLO, {clock} time (%):", 100 * share))
+            rows.append(row(f"Within SLO, {clock} time (%):", 100 * share))
     return rows
 
 
 def _our_keys(result: BenchResult, percentiles: Sequence[float]) -> dict[str, Any]:
     summary = result.summary
-    simulated: dict[str, Any] | None = None
-    if summary.simulated:
-        simulated = {}
-        for metric in METRICS:
-            simulated |= _statistics(metric, summary.simulated.get(metric), percentiles, absent=None)
+    simulated: dict[str, Any] = {}
+    for metric in METRICS if summary.simulated else ():
+        simulated |= _statistics(metric, summary.simulated.get(metric), percentiles, absent=None)
     return {
         "workload": result.info.workload,
         "workload_digest": result.info.workload_digest,
@@ -245,7 +244,7 @@ def _our_keys(result: BenchResult, percentiles: Sequence[float]) -> dict[str, An
         "cached_tokens": summary.num_cached_tokens,
         "cache_hit_rate": summary.cache_hit_rate,
         "slo_attainment": dict(summary.slo_attainment),
-        "simulated": simulated,
+        "simulated": simulated or None,
         "held_at_rest": None if result.held_at_rest is None else dict(result.held_at_rest),
         "cluster": None if result.cluster is None else dict(result.cluster),
         "expert_load": None if result.expert_load is None else dict(result.expert_load),
@@ -291,7 +290,8 @@ def _statistics(
     return keys
 
 
-def _row(label: str, value: float | int | str) -> str:
+def row(label: str, value: float | int | str) -> str:
+    """One row of the table."""
     return f"{label:<40} {value:<10.2f}" if isinstance(value, float) else f"{label:<40} {value:<10}"
 
 

@@ -54,15 +54,19 @@ class DecodeRanks:
         block_size: int,
         max_num_seqs: int,
         acceptance: AcceptanceTable | None,
-        free_blocks: Counts | None = None,
+        free_blocks: Counts,
+        num_free_slots: Counts,
     ) -> None:
-        """`acceptance` None: no speculative decoding. `free_blocks`, (num_ranks,), is kept up to date in place."""
+        """`acceptance` None: no speculative decoding.
+
+        `free_blocks` and `num_free_slots`, shape (num_ranks,), are filled and kept up to date in place.
+        """
         self.num_ranks = num_ranks
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.acceptance = acceptance
-        self.free_blocks = np.empty(num_ranks, np.int64) if free_blocks is None else free_blocks
-        self.free_blocks[:] = num_blocks
+        self.free_blocks, self.num_free_slots = free_blocks, num_free_slots
+        self.free_blocks[:], self.num_free_slots[:] = num_blocks, max_num_seqs
         self.num_used_blocks = 0
         self.free_slots = [list(range(max_num_seqs - 1, -1, -1)) for _ in range(num_ranks)]
         self.step = 0  # the next one
@@ -80,6 +84,7 @@ class DecodeRanks:
         num_blocks = -(-num_tokens // self.block_size)
         self.take_blocks(rank, num_blocks)
         slot = self.free_slots[rank].pop()
+        self.num_free_slots[rank] -= 1
         return DecodeRow(owner, rank, slot, key, num_tokens, total_limit, num_blocks, draw)
 
     def activate(self, row: DecodeRow, num_tokens: int) -> None:
@@ -103,6 +108,7 @@ class DecodeRanks:
         """It runs no longer."""
         row.holds_slot = False
         self.free_slots[row.rank].append(row.slot)
+        self.num_free_slots[row.rank] += 1
 
     def enter(self, row: DecodeRow) -> None:
         """Write what a ready row will do, from the next step on, into the calendars."""
@@ -177,6 +183,7 @@ class DecodeRanks:
         assert num_seqs.tolist() == self.num_seqs.tolist()
         assert num_tokens.tolist() == self.num_tokens.tolist()
         assert self.total_seqs == int(num_seqs.sum()) == sum(map(len, self.ends.values()))
+        assert self.num_free_slots.tolist() == [len(slots) for slots in self.free_slots]
         assert (self.free_blocks >= 0).all()
         assert self.num_used_blocks == self.num_ranks * self.num_blocks - int(self.free_blocks.sum())
         assert (self.free_blocks <= self.num_blocks).all()

@@ -170,21 +170,21 @@ class DecodeInstance:
                 since_ns.append(last_ns)
                 del self._stalled_since[id(row)]
         notes.first_gaps_ns.extend([bounds[1] - last_ns for last_ns in since_ns])
-        for i in range(num_steps):
-            step = run.steps[i]
-            self.num_drafts += step.num_drafts
-            self.num_accepted += step.num_accepted
-            notes.begin(
-                bounds[i],
-                self._times[i],
-                num_seqs=step.num_seqs,
-                num_tokens=step.num_tokens,
-                num_sampled=step.num_sampled,
-                num_joined=0 if i else len(since_ns),
-                num_waiting=0,
-                num_used_blocks=run.used_blocks[i],
-                max_kv_tokens=max(step.kv),
-            )
+        steps = run.steps[:num_steps]
+        none = [0] * num_steps
+        self.num_drafts += sum([step.num_drafts for step in steps])
+        self.num_accepted += sum([step.num_accepted for step in steps])
+        notes.add(
+            bounds[:num_steps],
+            self._times,
+            num_seqs=[step.num_seqs for step in steps],
+            num_tokens=[step.num_tokens for step in steps],
+            num_sampled=[step.num_sampled for step in steps],
+            num_joined=[len(since_ns), *none[1:]],
+            num_waiting=none,
+            num_used_blocks=run.used_blocks,
+            max_kv_tokens=[max(step.kv) for step in steps],
+        )
 
     def _mark_stalled(self) -> None:
         """Remember since when rows that wait in place have had no token."""

@@ -10,6 +10,7 @@ happens at the same instant comes in the same order. Both ways note the same eve
 """
 
 import heapq
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -32,6 +33,8 @@ from serving.simulation.move_notes import MoveNotes
 from serving.simulation.prefill_instance import PrefillInstance
 from serving.workloads.workload import Workload
 
+PROGRESS_REQUESTS = 1024  # are over between two words of progress
+
 
 class Driver:
     """One run of a disaggregated configuration."""
@@ -48,13 +51,14 @@ class Driver:
         fabric: Fabric,
         prefills: list[PrefillInstance],
         decodes: list[DecodeInstance],
-        free_blocks: Counts,
+        room: Room,
         notes: LifeNotes,
         moves: MoveNotes,
         kv_bytes_per_token: int,
         hidden_state_bytes: int,
+        on_progress: Callable[[int], None],
     ) -> None:
-        """`free_blocks`: of all decode ranks, instance after instance, kept up to date by their instances."""
+        """`room`: of all decode ranks, instance after instance, kept up to date by their instances."""
         self._config = config
         self._workload = workload
         self._loop = loop
@@ -64,12 +68,13 @@ class Driver:
         self._fabric = fabric
         self._prefills = prefills
         self._decodes = decodes
-        self._free_blocks = free_blocks
-        self._ending: Life | None = None  # the router has let go of it, its decode rank not yet
+        self._room = room
         self._notes = notes
         self._moves = moves
         self._kv_bytes_per_token = kv_bytes_per_token
         self._hidden_state_bytes = hidden_state_bytes
+        self._on_progress = on_progress
+        self._num_over = 0
         self._block_size = config.cache.block_size
         self._max_num_seqs = config.instances["decode"].max_num_seqs
         self._max_queued = config.scheduler.max_queued_requests
@@ -178,14 +183,15 @@ class Driver:
         for decode in self._decodes:
             decode.catch_up()
         num_tokens, router = life.num_tokens, self._router
-        free_slots = self._max_num_seqs - router.num_requests
-        if self._ending is not None:
-            free_slots[self._rank_index(self._ending)] -= 1
         placement = router.reserve(
             request_id=life.request_id,
             num_tokens=num_tokens,
             num_blocks=num_tokens // self._block_size + 1,
-            room=Room(free_blocks=self._free_blocks, free_slots=free_slots),
+            # A request that is leaving may be gone for the router and still hold its slot.
+            room=Room(
+                free_blocks=self._room.free_blocks,
+                free_slots=np.minimum(self._room.free_slots, self._max_num_seqs - router.num_requests),
+            ),
             num_prefix_tokens=self._prefix_tokens(life),
         )
         if placement is None:
@@ -212,12 +218,6 @@ class Driver:
         life.prefill_holds = life.decode_holds = 1
         life.needs_prefill = True
         return True
-
-    def _rank_index(self, life: Life) -> int:
-        """Index of its decode rank among all."""
-        assert life.decode is not None
-        assert life.row is not None
-        return self._decodes.index(life.decode) * len(life.decode.dies) + life.row.rank
 
     def _prefix_tokens(self, life: Life) -> Counts | None:
         if self._config.router.policy != "prefix_affinity":
@@ -423,11 +423,8 @@ class Driver:
     # --- the end ---
 
     def _finish(self, life: Life) -> None:
-        assert life.row is not None
         self._router.release(life.request_id)
-        self._ending = life if life.row.holds_slot else None  # until it is released, where it has never decoded
         self._leave_prefill(life)
-        self._ending = None
         self._release_decode(life)
         self._close(life, OutcomeReason.LENGTH)
         if self._is_closed_loop:
@@ -453,6 +450,9 @@ class Driver:
             )
         self._notes.write(life, reason)
         self.end_ns = self._loop.now_ns
+        self._num_over += 1
+        if not self._num_over % PROGRESS_REQUESTS:
+            self._on_progress(self._num_over)
         del self._lives[life.index]
 
     def _leave_prefill(self, life: Life) -> None:

@@ -5,6 +5,7 @@ Must not know: asyncio, tensors, how the parts decide.
 """
 
 import gc
+from collections.abc import Callable
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from serving.core.decode_ranks import DecodeRanks
 from serving.core.decode_run import DecodePlanner, RunStep
 from serving.core.event_log import EventLog, NullLog
 from serving.core.prompt_batcher import PromptBatcher
+from serving.core.router import Room
 from serving.plan import block_bytes
 from serving.pool_moves import PoolMoves
 from serving.simulation.columns import PlaneTotals, RunColumns
@@ -52,9 +54,11 @@ def run_fast(
     moves: bool = False,
     digest: bool = False,
     max_run_steps: int = MAX_RUN_STEPS,
+    on_progress: Callable[[int], None] = lambda num_over: None,
 ) -> RunColumns:
     """Run `workload`. `wall_s` and `peak_rss_bytes` are left at zero. Ctrl-C ends it early.
 
+    `on_progress` is told now and then how many requests are over; `max_run_steps` changes no result.
     Raises AssertionError if the run contradicts itself in the end. `config` has prefill and decode instances.
     """
     loop, fabric, log = EventLoop(), Fabric(config.hardware), EventLog() if digest else None
@@ -75,6 +79,7 @@ def run_fast(
     prefill_section, decode_section = config.instances["prefill"], config.instances["decode"]
     num_ranks = config.num_scheduling_ranks("decode")
     free_blocks = np.zeros(decode_section.count * num_ranks, np.int64)
+    free_slots = np.zeros_like(free_blocks)
     charge_prompts = _prompt_charge(step_time_model(config, "prefill"), config.world_size("prefill"))
     charge_decode = _decode_charge(step_time_model(config, "decode"), num_ranks)
     acceptance = acceptance_table(config.speculative.acceptance) if config.is_speculative else None
@@ -107,14 +112,15 @@ def run_fast(
                 )
             )
         else:
-            first = len(decodes) * num_ranks
+            own = slice(len(decodes) * num_ranks, (len(decodes) + 1) * num_ranks)
             ranks = DecodeRanks(
                 num_ranks=num_ranks,
                 num_blocks=decode_section.num_blocks,
                 block_size=config.cache.block_size,
                 max_num_seqs=decode_section.max_num_seqs,
                 acceptance=acceptance,
-                free_blocks=free_blocks[first : first + num_ranks],
+                free_blocks=free_blocks[own],
+                num_free_slots=free_slots[own],
             )
             decodes.append(
                 DecodeInstance(
@@ -140,11 +146,12 @@ def run_fast(
         fabric=fabric,
         prefills=prefills,
         decodes=decodes,
-        free_blocks=free_blocks,
+        room=Room(free_blocks=free_blocks, free_slots=free_slots),
         notes=lives,
         moves=move_notes,
         kv_bytes_per_token=kv_bytes_per_token(config),
         hidden_state_bytes=hidden_state_bytes(config),
+        on_progress=on_progress,
     )
     interrupted = _run(loop, driver)
     held = {

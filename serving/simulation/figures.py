@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from serving.config import Role, RunConfig
 from serving.records import OUTCOMES, Goodput
 from serving.report import BenchResult, needed_percentiles, to_json
+from serving.run_info import run_info
 from serving.simulation.columns import InstanceColumns, RunColumns
 from serving.simulation.usage import admission_figures, instance_figures, phase_figures, plane_figures, pool_figures
-from serving.simulator import run_info
 from serving.spec_decode import SpecDecodeStats
 from serving.summary import RequestCounts, Summary, summary_of
 from serving.timings import Floats, Timings, TokenTimes
@@ -110,7 +110,7 @@ def figures_of(config: RunConfig, run: RunColumns, result: BenchResult) -> dict[
         "cache": _cache(config, run),
         "admission_queue": admission_figures(run),
         "phases_ms": phase_figures(run),
-        "instances": [instance_figures(instance, run.simulated_s) for instance in run.instances],
+        "instances": [instance_figures(run, index) for index in range(len(run.instances))],
         "planes": {plane: plane_figures(totals, run.simulated_s) for plane, totals in sorted(run.planes.items())},
         "pool": None if run.pool is None else pool_figures(run.pool, run.simulated_s),
         "machine": {
@@ -234,10 +234,7 @@ def _cache(config: RunConfig, run: RunColumns) -> dict[str, float | int | None]:
     """Of the finished requests' prompts; blocks are full ones. `pool` is the part that came from the shared pool."""
     requests, block_size = run.requests, config.cache.block_size
     finished = requests.is_finished
-    prompt, cached, pool = (
-        column[finished]
-        for column in (requests.num_prompt_tokens, requests.num_cached_tokens, requests.num_pool_tokens)
-    )
+    prompt, cached = requests.num_prompt_tokens[finished], requests.num_cached_tokens[finished]
     prompt_blocks, cached_blocks = prompt // block_size, cached // block_size
 
     def total(values: NDArray[np.int32]) -> int:
@@ -250,7 +247,7 @@ def _cache(config: RunConfig, run: RunColumns) -> dict[str, float | int | None]:
         "block_size": block_size,
         "prompt_tokens": total(prompt),
         "cached_tokens": total(cached),
-        "pool_tokens": total(pool),
+        "pool_tokens": total(requests.num_pool_tokens[finished]),
         "hit_rate_tokens": share(cached, prompt),
         "prompt_blocks": total(prompt_blocks),
         "cached_blocks": total(cached_blocks),

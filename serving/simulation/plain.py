@@ -6,7 +6,9 @@ Must not know: how the plane decides, how figures are made of the columns.
 It is the way of colocated instances, and what the fast driver is held against.
 """
 
+import itertools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +18,7 @@ from devices.spec import PlaneName
 from serving.build import InstancePlace, instance_places
 from serving.cluster import Cluster
 from serving.config import RunConfig
+from serving.core.event_log import EventLog, NullLog
 from serving.core.ids import RequestId
 from serving.core.request import OutcomeReason, Request
 from serving.core.router import Placement
@@ -45,14 +48,30 @@ _STEP_COLUMNS = (
 )  # fmt: skip
 
 
-def run_plain(config: RunConfig, workload: Workload, *, moves: bool = False, digest: bool = False) -> RunColumns:
+def run_plain(
+    config: RunConfig,
+    workload: Workload,
+    *,
+    moves: bool = False,
+    digest: bool = False,
+    on_progress: Callable[[int], None] = lambda num_over: None,
+) -> RunColumns:
     """Run `workload` on the asyncio plane with timing shards. `wall_s` and `peak_rss_bytes` are left at zero.
 
     Raises AssertionError if the plane contradicts itself in the end.
     """
     places = instance_places(config)
     notes = _Notes(config, places, keep_moves=moves)
-    run = drive(config, workload, on_step=notes.on_step, watch=notes.watch)
+    num_over = itertools.count(1)
+    log = EventLog() if digest else NullLog()
+    run = drive(
+        config,
+        workload,
+        log=log,
+        on_step=notes.on_step,
+        on_outcome=lambda request: on_progress(next(num_over)),
+        watch=notes.watch,
+    )
     cluster, requests = run.cluster, run.workload_run.requests
     return RunColumns(
         requests=_request_columns(requests, notes.placements, places),
@@ -64,7 +83,7 @@ def run_plain(config: RunConfig, workload: Workload, *, moves: bool = False, dig
         num_accepted=sum(engine.num_accepted for engine in cluster.all_engines),
         held_at_rest=run.held,
         simulated_s=run.simulated_s,
-        digest=run.log.digest() if digest else None,
+        digest=log.digest() if digest else None,
         num_not_arrived=len(workload) - len(requests),
         interrupted=run.interrupted,
     )

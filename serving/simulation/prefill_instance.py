@@ -87,24 +87,25 @@ class PrefillInstance:
             self._is_stepping = False
             return
         self._is_stepping = True
-        num_tokens = num_context = num_kv = num_samples = longest = 0
+        num_tokens = num_context = num_kv = num_samples = 0
         for prompt, size in zip(step.rows, step.sizes, strict=True):
             end = prompt.num_computed + size
             num_tokens += size
             num_context += size * prompt.num_computed + size * (size + 1) // 2
             num_kv += end
             num_samples += end >= prompt.num_tokens
-        longest = num_kv
         time = self._charge(num_tokens, num_context, num_kv, len(step.rows), num_samples)
-        self.notes.begin(
-            loop.now_ns,
-            time,
-            num_seqs=len(step.rows),
-            num_tokens=num_tokens,
-            num_sampled=num_samples,
-            num_waiting=batcher.num_waiting,
-            num_used_blocks=batcher.num_used_blocks,
-            max_kv_tokens=longest,
+        rows = (len(step.rows),)
+        self.notes.add(
+            (loop.now_ns,),
+            (time,),
+            num_seqs=rows,
+            num_tokens=(num_tokens,),
+            num_sampled=(num_samples,),
+            num_joined=rows,  # a prompt has no tokens but its last step's
+            num_waiting=(batcher.num_waiting,),
+            num_used_blocks=(batcher.num_used_blocks,),
+            max_kv_tokens=(num_kv,),
         )
         loop.call_at(loop.now_ns + time.ns, self._end, step)
 

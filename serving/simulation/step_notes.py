@@ -4,6 +4,8 @@ Owns: the columns of one instance while they grow.
 Must not know: how steps are decided.
 """
 
+from collections.abc import Sequence
+
 from devices.step_work import StepTime
 from serving.build import InstancePlace
 from serving.config import RunConfig
@@ -27,34 +29,34 @@ class StepNotes:
         self._breakdown_ns: dict[str, int] = {}
         self.first_gaps_ns = int_column()
 
-    def begin(
+    def add(
         self,
-        start_ns: int,
-        time: StepTime,
+        start_ns: Sequence[int],
+        times: Sequence[StepTime],
         *,
-        num_seqs: int,
-        num_tokens: int,
-        num_sampled: int,
-        num_waiting: int,
-        num_used_blocks: int,
-        max_kv_tokens: int,
-        num_joined: int | None = None,
+        num_seqs: Sequence[int],
+        num_tokens: Sequence[int],
+        num_sampled: Sequence[int],
+        num_joined: Sequence[int],
+        num_waiting: Sequence[int],
+        num_used_blocks: Sequence[int],
+        max_kv_tokens: Sequence[int],
     ) -> None:
-        """One step. `num_joined` None: every row is new, as on prefill instances."""
-        self._start_ns.append(start_ns)
-        self._charged_ns.append(time.ns)
-        self._num_seqs.append(num_seqs)
-        self._num_tokens.append(num_tokens)
-        self._num_sampled.append(num_sampled)
-        self._num_joined.append(num_seqs if num_joined is None else num_joined)
-        self._num_waiting.append(num_waiting)
-        self._num_used_blocks.append(num_used_blocks)
-        self._max_kv_tokens.append(max_kv_tokens)
-        breakdown = self._breakdown_ns
-        for name, part_ns in time.breakdown.items():
-            breakdown[name] = breakdown.get(name, 0) + part_ns
+        """Steps in a row, one entry of each for every step; `times` may have more."""
+        self._start_ns.extend(start_ns)
+        self._num_seqs.extend(num_seqs)
+        self._num_tokens.extend(num_tokens)
+        self._num_sampled.extend(num_sampled)
+        self._num_joined.extend(num_joined)
+        self._num_waiting.extend(num_waiting)
+        self._num_used_blocks.extend(num_used_blocks)
+        self._max_kv_tokens.extend(max_kv_tokens)
+        for time, _ in zip(times, num_seqs, strict=False):
+            self._charged_ns.append(time.ns)
+            time.add_to(self._breakdown_ns)
         if self._log is not None:
-            self._log.append(start_ns, "step", self.instance_id, rows=num_seqs, tokens=num_tokens, charged_ns=time.ns)
+            for when_ns, time, rows, tokens in zip(start_ns, times, num_seqs, num_tokens, strict=False):
+                self._log.append(when_ns, "step", self.instance_id, rows=rows, tokens=tokens, charged_ns=time.ns)
 
     def columns(self) -> InstanceColumns:
         """All of it."""

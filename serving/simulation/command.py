@@ -1,0 +1,127 @@
+"""`supernode simulate`.
+
+Owns: its options, what it prints and writes, and the progress bar.
+Must not know: how a run is driven, how figures are made.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from serving.cli_options import Config, Json, Overrides, Trace, TraceScale, check_writable
+from serving.errors import ConfigError
+
+if TYPE_CHECKING:
+    from serving.config import RunConfig
+    from serving.workloads.workload import Workload
+
+BAR_DELAY_S = 1.0  # a run that is over by then shows no bar
+
+
+def _file(option: str, help_text: str) -> typer.models.OptionInfo:
+    option_info: typer.models.OptionInfo = typer.Option(option, help=help_text, dir_okay=False, callback=check_writable)
+    return option_info
+
+
+def simulate(
+    config: Config,
+    overrides: Overrides = None,
+    trace: Trace = None,
+    trace_divisor: TraceScale = 1,
+    goodput: Annotated[list[str] | None, typer.Option(help="Objectives, such as ttft:2000.", metavar="NAME:MS")] = None,
+    json_file: Json = None,
+    requests_file: Annotated[
+        Path | None, _file("--requests", "Write every request's timeline to this .parquet or .csv.")
+    ] = None,
+    report_file: Annotated[Path | None, _file("--report", "Write plots of the run to this .html file.")] = None,
+    perfetto_file: Annotated[
+        Path | None, _file("--perfetto", "Write a trace for ui.perfetto.dev to this .json or .json.gz file.")
+    ] = None,
+    digest: Annotated[bool, typer.Option("--digest", help="Print the digest of all events, as replay does.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse a workload with a request that is too long.")
+    ] = False,
+) -> None:
+    """Run a workload in virtual time: one process, no tensors, no Ray. Ctrl-C prints what was finished so far."""
+    from serving.config_file import load_config
+    from serving.records import parse_goodput
+    from serving.report import format_table
+    from serving.simulation.export import check_export, write_requests
+    from serving.simulation.figures import bench_result, figures_of
+    from serving.simulation.run import simulate as run_simulation
+    from serving.simulation.table import simulation_rows
+    from serving.simulator import load_workload
+
+    settings = load_config(config, overrides or ())
+    objectives = parse_goodput(goodput or [])
+    if requests_file is not None:
+        check_export(requests_file)
+    _check_trace_file(perfetto_file)
+    workload = load_workload(settings, trace=trace, trace_divisor=trace_divisor)
+    if strict:
+        check_served(settings, workload)
+    moves = report_file is not None or perfetto_file is not None
+    with _bar(len(workload)) as on_progress:
+        run = run_simulation(settings, workload, moves=moves, digest=digest, on_progress=on_progress)
+    result = bench_result(settings, workload, run, goodput=objectives)
+    figures = figures_of(settings, run, result)
+    typer.echo(format_table(replace(result, held_at_rest=None), more_rows=simulation_rows(figures)))
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    if requests_file is not None:
+        write_requests(run, requests_file)
+    if report_file is not None:
+        from serving.simulation.report import write_report
+
+        write_report(settings, workload, run, report_file, name=config, goodput=objectives)
+    if perfetto_file is not None:
+        from serving.simulation.perfetto import write_trace
+
+        typer.echo(write_trace(settings, run, perfetto_file), err=True)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+
+
+def check_served(config: "RunConfig", workload: "Workload") -> None:
+    """Raise ConfigError, which names the first, if a request does not fit the context, as KV space always does."""
+    limit = config.model.max_model_len
+    num_tokens = workload.num_prompt_tokens + workload.max_tokens
+    (too_long,) = (num_tokens > limit).nonzero()
+    if too_long.size:
+        first = int(too_long[0])
+        raise ConfigError(
+            f"--strict: request {workload.request_ids[first]}: prompt_too_long: {workload.num_prompt_tokens[first]} + "
+            f"{workload.max_tokens[first]} tokens exceed max_model_len {limit}; {too_long.size} of {len(workload)} "
+            f"requests cannot be served"
+        )
+
+
+def _check_trace_file(perfetto_file: Path | None) -> None:
+    """Before the run, not after it."""
+    if perfetto_file is not None and not perfetto_file.name.endswith((".json", ".json.gz")):
+        raise ConfigError(f"--perfetto: {perfetto_file}: the suffix must be .json or .json.gz")
+
+
+@contextmanager
+def _bar(num_requests: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error, if that is a terminal, told how many requests are over."""
+    if not sys.stderr.isatty():
+        yield lambda num_over: None
+        return
+    import threading
+
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its own is a named semaphore, and stays in /dev/shm if this process is killed
+    with tqdm(total=num_requests, unit="req", delay=BAR_DELAY_S, file=sys.stderr, leave=False) as bar:
+
+        def on_progress(num_over: int) -> None:
+            bar.update(num_over - bar.n)
+
+        yield on_progress
