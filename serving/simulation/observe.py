@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from devices.clock import ScaledClock
 from serving.config import RunConfig
+from serving.core.block_hash import hash_prompt
 from serving.core.event_log import Event
 from serving.errors import ConfigError, ServingError
 from serving.live import run_workload
@@ -113,6 +114,20 @@ def verify(
     )
 
 
+class ServedWorkload(Workload):
+    """A workload as a server sees it: it knows tokens only, and names blocks by them.
+
+    The pool's host for a block follows from its name, and with it the last microsecond of a transfer.
+    """
+
+    __slots__ = ()
+
+    def block_hashes(self, index: int, block_size: int) -> list[int]:
+        """Implements Workload."""
+        token_ids = self.prompt_token_ids(self.requests[index]).tolist()
+        return list(hash_prompt(tuple(token_ids), block_size))
+
+
 def as_arrived(workload: Workload, arrived: Sequence[tuple[str, int]]) -> Workload:
     """The requests of `workload` under the server's names, at the instants and in the order of their arrivals.
 
@@ -125,7 +140,13 @@ def as_arrived(workload: Workload, arrived: Sequence[tuple[str, int]]) -> Worklo
         if request is None:
             raise ServingError(f"request {served_id} is not of workload {workload.name}")
         requests.append(dataclasses.replace(request, request_id=served_id, arrival_ns=arrival_ns))
-    return dataclasses.replace(workload, requests=tuple(requests))
+    return ServedWorkload(
+        name=workload.name,
+        requests=requests,
+        seed=workload.seed,
+        vocabulary=workload.vocabulary,
+        hash_block_size=workload.hash_block_size,
+    )
 
 
 def client_id(served_id: str) -> str:

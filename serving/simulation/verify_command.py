@@ -53,8 +53,9 @@ def verify(
     workload = load_workload(settings, trace=trace, trace_divisor=trace_divisor)
     prediction = observe.predict(settings, workload)
     typer.echo(
-        f"simulated {len(workload)} requests, {prediction.simulated_s:.1f} s, in {prediction.wall_s:.1f} s; live, at "
-        f"{scale:g} wall seconds per second, they take about {prediction.simulated_s * scale:.0f} s after the boot",
+        f"simulated {len(workload)} requests, {prediction.simulated_s:.1f} s, in {prediction.wall_s:.1f} s; "
+        f"live, at {scale:g} wall seconds per second, they take {prediction.simulated_s * scale:.0f} s after the boot, "
+        "and the lag",
         err=True,
     )
     result = observe.verify(settings, workload, prediction, tolerance=tolerance, shards=shards, address=address)

@@ -5,11 +5,13 @@ Must not know: files, the terminal, how the figures came about.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from serving.simulation.verify import Reasons, Row, Verification
 
 WIDTH = 100
+_MUCH_LAG_PERCENT = 10.0
 _HEAD = f"{'':<28}{'predicted':>12}{'observed':>12}{'difference':>12}{'%':>9}{'by arrivals':>14}{'rest':>13}"
 
 
@@ -80,7 +82,11 @@ def _reason_lines(reasons: Reasons) -> list[str]:
     r = reasons
     others = r.lag_s - r.hold_lag_s
     faster = f"{100 * (r.workload_span_s / r.arrival_span_s - 1):+.2f} % rate" if r.arrival_span_s else "one instant"
-    entries = [
+    entries = []
+    if _MUCH_LAG_PERCENT < r.lag_percent < 100:  # what a second took, on average
+        enough = math.ceil(r.scale * r.wall_s / (r.wall_s - r.lag_s))
+        entries.append(("TOO MUCH LAG", f"this machine needs about --scale {enough}, or less to do beside it."))
+    entries += [
         (
             "lag",
             f"{r.lag_s:.3f} s of {r.wall_s:.2f} s wall ({r.lag_percent:.2f} %) in which simulated time stood still: "
