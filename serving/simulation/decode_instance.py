@@ -98,11 +98,6 @@ class DecodeInstance:
             self._cut()
         return row
 
-    def check_invariants(self) -> None:
-        """Raise AssertionError if its ranks contradict themselves. Between runs only."""
-        if self._run is None:
-            self.ranks.check_invariants()
-
     def wake(self) -> None:
         """Look for work at this instant, unless a step is under way."""
         if self._run is None and not self._is_woken:

@@ -154,21 +154,23 @@ def run_fast(
         on_progress=on_progress,
     )
     interrupted = _run(loop, driver)
-    held = {
-        "requests": driver.num_lives,
-        "queued": driver.num_queued,
-        "blocks": sum(p.batcher.num_used_blocks for p in prefills) + sum(d.ranks.num_used_blocks for d in decodes),
-        "runs": sum(p.num_runs for p in prefills) + sum(d.num_runs for d in decodes),
-        "placements": router.num_placements,
-        "leases": pool.index.num_leases if pool else 0,
-        "puts": pool.index.num_pending_puts if pool else 0,
-    }
-    for decode in decodes:
-        decode.check_invariants()
-    router.check_invariants()
-    fabric.check_invariants()
-    if pool is not None:
-        pool.index.check_invariants()
+    held: dict[str, int] = {}
+    if not interrupted:  # which may have come in the middle of anything
+        held = {
+            "requests": driver.num_lives,
+            "queued": driver.num_queued,
+            "blocks": sum(p.batcher.num_used_blocks for p in prefills) + sum(d.ranks.num_used_blocks for d in decodes),
+            "runs": sum(p.num_runs for p in prefills) + sum(d.num_runs for d in decodes),
+            "placements": router.num_placements,
+            "leases": pool.index.num_leases if pool else 0,
+            "puts": pool.index.num_pending_puts if pool else 0,
+        }
+        for decode in decodes:
+            decode.ranks.check_invariants()
+        router.check_invariants()
+        fabric.check_invariants()
+        if pool is not None:
+            pool.index.check_invariants()
     return RunColumns(
         requests=lives.columns(),
         instances=tuple(note.columns() for note in notes),

@@ -98,6 +98,9 @@ class LifeNotes:
         instants = {name: as_int64(self._columns[name])[arrived] for name in _INSTANTS}
         counts = {name: as_int32(self._columns[name])[arrived] for name in _COUNTS}
         codes = {name: as_int16(self._codes[name])[arrived] for name in _CODES}
+        lost = codes["outcome"] == NEVER  # an interrupt came in the middle of an arrival or of an end
+        codes["outcome"][lost] = OUTCOME_OF_REASON[OutcomeReason.ABORT]
+        codes["reason"][lost] = CODE_OF_REASON[OutcomeReason.ABORT]
         return RequestColumns(
             request_ids=self._workload.request_ids[arrived],
             reasons=REASONS,
