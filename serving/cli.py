@@ -25,6 +25,9 @@ from serving.expert_load_command import expert_load
 from serving.expert_traffic_command import expert_traffic
 from serving.quantize_command import quantize
 from serving.simulation.command import simulate
+from serving.simulation.plan_command import plan
+from serving.simulation.sweep_command import sweep
+from serving.simulation.verify_command import verify
 
 if TYPE_CHECKING:
     from serving.report import BenchResult
@@ -217,8 +220,11 @@ app.command()(quantize)
 app.command("eval")(evaluate)
 app.command("expert-load")(expert_load)
 app.command("expert-traffic")(expert_traffic)
+app.command()(sweep)
+app.command()(plan)
 app.command()(reproduce)
 app.command()(calibrate)
+app.command()(verify)
 app.add_typer(estimate, name="estimate")
 
 

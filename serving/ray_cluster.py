@@ -1,6 +1,7 @@
 """Ray: the local cluster that a launch starts or the running one that it joins, and the actors that stand for devices.
 
-Owns: `ray.init`, placement groups, the wrapping of workers (serving/worker.py) as actors, their end.
+Owns: `ray.init`, placement groups, the wrapping of workers (serving/worker.py) as actors, their end; functions mapped
+over arguments as tasks.
 Must not know: requests, schedules, simulated time. The only module that imports ray; actors have no logic of their own.
 
 Engine steps and cache blocks do not go through Ray (serving/channel.py says why): an actor is created here, tells where
@@ -13,9 +14,9 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from serving.channel import Address
 from serving.core.ids import InstanceId
@@ -32,6 +33,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+A = TypeVar("A")
+R = TypeVar("R")
 NPU, HOST = "NPU", "CPU_HOST"  # names of the custom resources that stand for devices
 CONNECT_TIMEOUT_S = 5.0
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # little more than Ray's minimum: no tensor passes through it
@@ -84,31 +87,10 @@ class RayCluster:
 
         Raises ConfigError when the joined cluster has too few devices.
         """
-        logging.getLogger("ray._private.accelerators.npu").setLevel(logging.CRITICAL)  # looks for a real Ascend
-        common: dict[str, Any] = {
-            "namespace": f"supernode-{self._session.session_id}",
-            "log_to_driver": False,
-            "logging_level": logging.ERROR,
-        }
+        resources = {NPU: num_npus, HOST: max(num_hosts, 1)}
+        _init_ray(self._session, address=self._address, num_cpus=1, resources=resources)
         if self._address is not None:
-            _check_reachable(self._address)
-            try:
-                with _signal_handlers_kept():
-                    ray.init(address=self._address, **common)
-            except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-                raise ConfigError(f"--address: no Ray cluster at {self._address!r}: {error}") from error
             self._check_resources({NPU: num_npus, HOST: num_hosts})
-        else:
-            with _signal_handlers_kept():
-                ray.init(
-                    address="local",  # whatever RAY_ADDRESS says
-                    num_cpus=1,
-                    resources={NPU: num_npus, HOST: max(num_hosts, 1)},
-                    include_dashboard=False,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    _temp_dir=str(self._session.folder / "ray"),
-                    **common,
-                )
 
     def launch(
         self, npus: Mapping[InstanceId, Sequence[NpuWorkerPlan]], hosts: Sequence[HostPlan]
@@ -208,6 +190,73 @@ class RayCluster:
             actor = actor_class.options(**options).remote(plan, listen=listen, authkey=self._session.authkey)
             self._actors[plan.worker_id] = actor
             self._node_of[plan.worker_id] = node
+
+
+def _init_ray(session: Session, *, address: str | None, num_cpus: int, resources: Mapping[str, float]) -> None:
+    """Join the cluster at `address`, or start a private one in the session's folder. Raises ConfigError."""
+    logging.getLogger("ray._private.accelerators.npu").setLevel(logging.CRITICAL)  # looks for a real Ascend
+    common: dict[str, Any] = {
+        "namespace": f"supernode-{session.session_id}",
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+    if address is None:
+        with _signal_handlers_kept():
+            ray.init(
+                address="local",  # whatever RAY_ADDRESS says
+                num_cpus=num_cpus,
+                resources=dict(resources),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(session.folder / "ray"),
+                **common,
+            )
+        return
+    _check_reachable(address)
+    try:
+        with _signal_handlers_kept():
+            ray.init(address=address, **common)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise ConfigError(f"--address: no Ray cluster at {address!r}: {error}") from error
+
+
+class TaskCluster:
+    """Ray for independent tasks: a private cluster of `num_cpus`, or the one at `address`. A context manager."""
+
+    def __init__(self, session: Session, *, address: str | None, num_cpus: int) -> None:
+        _init_ray(session, address=address, num_cpus=num_cpus, resources={})
+
+    def __enter__(self) -> "TaskCluster":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ray.shutdown()
+
+    def map(self, function: Callable[[A], R], arguments: Sequence[A]) -> Iterator[tuple[int, R | EngineFailure]]:
+        """Call `function` with every argument, one task on one CPU each; yields (index, result) as they are done.
+
+        A task that crashes gives an EngineFailure in place of its result. The tasks that are under way when the
+        iterator is closed are cancelled.
+        """
+        task = ray.remote(num_cpus=1, max_retries=1)(function)
+        at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # one runs, one waits, on every CPU
+        index_of: dict[Any, int] = {}
+        next_index = 0
+        try:
+            while next_index < len(arguments) or index_of:
+                while next_index < len(arguments) and len(index_of) < at_once:
+                    index_of[task.remote(arguments[next_index])] = next_index
+                    next_index += 1
+                done, _waiting = ray.wait(list(index_of), num_returns=1)
+                for ref in done:
+                    index = index_of.pop(ref)
+                    try:
+                        yield index, ray.get(ref)
+                    except ray.exceptions.RayError as error:
+                        yield index, EngineFailure(_reason(error))
+        finally:
+            for ref in index_of:
+                ray.cancel(ref, force=True)
 
 
 def _check_reachable(address: str) -> None:
