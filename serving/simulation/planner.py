@@ -78,8 +78,8 @@ class Planner:
         least = max(1, math.ceil(wanted / ESTIMATE_SLACK))
         if least > 1:
             plan.notes.append(
-                f"{least - 1} decode or fewer: not tried; by the estimate one holds {self._decode_rate:,.2f} req/s at most "
-                f"within this TPOT, {rate:,.4g} arrive"
+                f"{least - 1} decode or fewer: not tried; by the estimate one holds {self._decode_rate:,.2f} req/s "
+                f"at most within this TPOT, {rate:,.4g} arrive"
             )
         guess = math.ceil(rate / self._prefill_rate) if self._prefill_rate else 1
         limit = self.base.hardware.num_npus

@@ -146,6 +146,8 @@ def _run_rows(figures: Figures) -> list[str]:
     if figures["digest"] is not None:
         rows += ["Digest of the events:", figures["digest"][:32], figures["digest"][32:]]
     held = {name: count for name, count in (figures["held_at_rest"] or {}).items() if count}
+    if figures["interrupted"]:  # then it is not at rest
+        held = {}
     rows += [row(f"Still held, {name}:", count) for name, count in held.items()]
     return rows
 

@@ -1,4 +1,4 @@
-"""Columns of the plain plane against the events and records of the same run."""
+"""Columns of the plain plane, and of whatever `simulate` takes, against the events and records of the same run."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from serving.simulation.columns import MOVE_KINDS, NEVER
+from serving.simulation.plain import run_plain
 from serving.simulation.run import peak_rss_bytes, simulate
 from serving.simulator import load_workload, run_in_virtual_time
 from serving.workloads.requests import WorkloadRequest
@@ -15,12 +16,16 @@ from serving.workloads.workload import Workload
 LOAD = "workload={num_requests: 30, input_len: 60, output_len: 9, prefix_len: 32, request_rate: 60}"
 
 
-@pytest.fixture(scope="module", params=["laptop", "laptop-2p2d", "colocated"])
+PRESETS = ("laptop", "laptop-2p2d", "colocated")
+
+
+@pytest.fixture(scope="module", params=[(run, name) for run in (run_plain, simulate) for name in PRESETS])
 def both(request, make_config):
     """A run as columns, and the same run as events and records."""
-    config = make_config(request.param, LOAD)
+    run, name = request.param
+    config = make_config(name, LOAD)
     workload = load_workload(config)
-    return simulate(config, workload, moves=True, digest=True), run_in_virtual_time(config, workload, keep_events=True)
+    return run(config, workload, moves=True, digest=True), run_in_virtual_time(config, workload, keep_events=True)
 
 
 def events(result, *kinds):
@@ -35,8 +40,6 @@ def test_the_run_is_the_same(both):
     run, result = both
     assert run.digest == result.digest
     assert run.simulated_s == result.simulated_s
-    assert run.wall_s > 0
-    assert 2**24 < run.peak_rss_bytes <= peak_rss_bytes()
     assert (run.interrupted, run.num_not_arrived) == (False, 0)
 
 
@@ -120,7 +123,15 @@ def test_the_pool_is_filled_by_what_is_stored(both):
     assert (np.diff(run.pool.time_ns) > 0).all()
 
 
-def test_refused_and_preempted_requests(make_config):
+def test_what_a_run_cost_this_machine_is_noted(make_config):
+    config = make_config("laptop", LOAD)
+    run = simulate(config, load_workload(config))
+    assert run.wall_s > 0
+    assert 2**24 < run.peak_rss_bytes <= peak_rss_bytes()
+
+
+@pytest.mark.parametrize("run_driver", [run_plain, simulate])
+def test_refused_and_preempted_requests(make_config, run_driver):
     """128 tokens of KV for two requests that grow to 90 each: the later one is preempted, and prefilled again."""
     config = make_config(
         "disaggregated", "instances.decode={npus: 1, dies_per_npu: 1, num_blocks: 32, max_num_seqs: 8, "
@@ -138,7 +149,7 @@ def test_refused_and_preempted_requests(make_config):
         for i, (num_prompt, max_tokens, arrival_ns) in enumerate(asked)
     ]
     workload = Workload(name="given", requests=given)
-    run = simulate(config, workload)
+    run = run_driver(config, workload)
     requests = run.requests
     assert requests.num_preemptions.tolist() == [0, 1, 0, 0]
     assert [requests.reasons[code] for code in requests.reason] == ["length", "length", "prompt_too_long", "length"]
@@ -153,22 +164,24 @@ def test_refused_and_preempted_requests(make_config):
 PROGRAM = """
 import sys, threading, os, signal
 from serving.config_file import load_config
-from serving.simulation.{module} import run_{module} as simulate
+from serving.simulation.plain import run_plain
+from serving.simulation.run import simulate
 from serving.simulator import load_workload
 config = load_config("laptop", ["workload.num_requests=4000"])
-was_told = []
+was_interrupted = False
 def interrupt(num_over):
-    if num_over >= 20 and not was_told:
-        was_told.append(num_over)
+    global was_interrupted
+    if num_over >= 20 and not was_interrupted:
+        was_interrupted = True
         os.kill(os.getpid(), signal.SIGINT)
-run = simulate(config, load_workload(config), on_progress=interrupt)
+run = {driver}(config, load_workload(config), on_progress=interrupt)
 print(run.interrupted, run.num_not_arrived + len(run.requests), int(run.requests.is_finished.sum()) >= 20,
       int(run.requests.is_finished.sum()) < 4000, any(run.held_at_rest.values()))
 """
 
 
-@pytest.mark.parametrize("module", ["plain", "fast"])
-def test_an_interrupt_leaves_what_was_finished(module):
-    program = PROGRAM.replace("{module}", module)
+@pytest.mark.parametrize("driver", ["run_plain", "simulate"])
+def test_an_interrupt_leaves_what_was_finished(driver):
+    program = PROGRAM.format(driver=driver)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split() == ["True", "4000", "True", "True", "False"]
