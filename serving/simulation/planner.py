@@ -24,7 +24,7 @@ from serving.errors import ConfigError
 from serving.simulation.capacity import decode_tokens_per_s, prefill_tokens_per_s
 from serving.simulation.plan_trials import Caps, Plan, Split, Trial
 from serving.simulation.run_source import WorkloadSource, mean_lengths, run_source
-from serving.simulation.slo import Slo, attain
+from serving.simulation.slo import Attained, Slo, attain
 
 DECODE_CAPS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)  # shares of the preset's max_num_seqs, falling
 PREFILL_CAPS = (1.0, 0.5, 0.25)  # shares of the preset's max_num_batched_tokens
@@ -34,6 +34,14 @@ MIN_REQUESTS = 400  # so that 200 are measured, two of which are beyond the 99th
 RATE_STEP = 1.02  # between neighboring rates: how exactly the highest is found
 LOWEST_STEP = -300  # below 1/380 of the first guess nothing is looked for
 SPARE_DECODE = 2  # decode instances are tried up to twice what the estimate wants, and so many more
+
+
+Judge = Callable[[RunConfig, WorkloadSource, Slo], Attained]
+
+
+def simulate_and_judge(config: RunConfig, source: WorkloadSource, slo: Slo) -> Attained:
+    """What one simulation attained."""
+    return attain(run_source(config, source), slo)
 
 
 class _Exhausted(Exception):
@@ -52,10 +60,11 @@ class Planner:
         slo: Slo,
         max_simulations: int = 100,
         on_trial: Callable[[Split, float], object] = lambda split, rate: None,
+        judge: Judge = simulate_and_judge,
     ) -> None:
         """Raises ConfigError if the preset is not disaggregated, or its workload cannot be read."""
         self._preset, self._overrides, self._source, self._slo = preset, tuple(overrides), source, slo
-        self._max_simulations, self._on_trial = max_simulations, on_trial
+        self._max_simulations, self._on_trial, self._judge = max_simulations, on_trial, judge
         self.base: RunConfig = load_config(preset, self._overrides)
         if not self.base.disaggregated:
             raise ConfigError(f"{preset}: has no prefill and decode instances, whose numbers a plan chooses")
@@ -78,8 +87,8 @@ class Planner:
         least = max(1, math.ceil(wanted / ESTIMATE_SLACK))
         if least > 1:
             plan.notes.append(
-                f"{least - 1} decode or fewer: not tried; by the estimate one holds {self._decode_rate:,.2f} req/s at most "
-                f"within this TPOT, {rate:,.4g} arrive"
+                f"{least - 1} decode or fewer: not tried; by the estimate one holds at most {self._decode_rate:,.2f} "
+                f"req/s within this TPOT, {rate:,.4g} arrive"
             )
         guess = math.ceil(rate / self._prefill_rate) if self._prefill_rate else 1
         limit = self.base.hardware.num_npus
@@ -225,7 +234,7 @@ class Planner:
         except ConfigError as mistake:  # too many for the machine, say
             error = str(mistake)
         else:
-            attained = attain(run_source(config, source), self._slo)
+            attained = self._judge(config, source, self._slo)
         trial = Trial(split=split, caps=caps, rate=rate, attained=attained, error=error)
         self.trials[split, caps, rate] = trial
         return trial
