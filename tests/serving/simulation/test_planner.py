@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.config_file import load_config
 from serving.errors import ConfigError
 from serving.simulation import planner as planner_module
-from serving.simulation.plan_trials import Caps, Split
-from serving.simulation.planner import DECODE_CAPS, PREFILL_CAPS, RATE_STEP, Planner, simulate_and_judge
+from serving.simulation.plan_trials import Caps
+from serving.simulation.planner import RATE_STEP, Planner, simulate_and_judge
 from serving.simulation.run_source import WorkloadSource
 from serving.simulation.slo import Attained, Slo
 
@@ -24,23 +23,31 @@ TINY = (
     "workload={num_requests: 60, input_len: 96, output_len: 12, range_ratio: 0.0, num_prefixes: 0, prefix_len: 0}",
 )
 
+DECODE, PREFILL = (8, 6, 4, 3, 2, 1), (1024, 512, 256)  # the caps that are shares of TINY's
 
-def model_of(prefill_rate, decode_s):
+
+class Model:
     """A judge without a simulation: prefill is a queue of its own, decode slows down with its batch."""
 
-    def judge(config, source, slo):
+    def __init__(self, *, prefill_rate, decode_s):
+        self.prefill_rate, self.decode_s = prefill_rate, decode_s
+
+    def __call__(self, config, source, slo):
         prefill, decode = config.instances["prefill"], config.instances["decode"]
-        share = prefill.max_num_batched_tokens / 1024
-        load = source.rate / (prefill.count * prefill_rate * share**0.25)
-        per_rank = source.rate * decode_s / (decode.count * config.world_size("decode"))
-        is_full, is_late = per_rank > decode.max_num_seqs, load >= 1
-        seqs = min(per_rank, decode.max_num_seqs)
+        split, caps = (prefill.count, decode.count), (decode.max_num_seqs, prefill.max_num_batched_tokens)
+        return self.attained(split, caps, source.rate, slo)
+
+    def attained(self, split, caps, rate, slo):
+        share = caps[1] / 1024
+        load = rate / (split[0] * self.prefill_rate * share**0.25)
+        per_rank = rate * self.decode_s / split[1]  # one rank per instance
+        is_full, is_late = per_rank > caps[0], load >= 1
         prefill_ms = 1e5 if is_late else 40 * share**0.5 / (1 - load)
         wait_ms = 1e6 if is_full else 0.0
         return Attained(
             slo=slo,
             ttft_ms=wait_ms + prefill_ms,
-            tpot_ms=10 + seqs,
+            tpot_ms=10 + min(per_rank, caps[0]),
             place_wait_ms=wait_ms,
             prefill_hold_share=0.9 if is_late else 0.1,
             num_measured=100,
@@ -49,64 +56,114 @@ def model_of(prefill_rate, decode_s):
             max_growth=10.0,
             prefill_busy=min(load, 1.0),
             decode_busy=1.0,
-            mean_decode_seqs=seqs,
-            peak_rank_seqs=math.ceil(seqs),
+            mean_decode_seqs=min(per_rank, caps[0]),
+            peak_rank_seqs=math.ceil(min(per_rank, caps[0])),
             output_tokens_per_s=0.0,
         )
 
-    return judge
+    def holds(self, split, rate, slo):
+        """By any caps."""
+        return any(self.attained(split, caps, rate, slo).holds for caps in itertools.product(DECODE, PREFILL))
 
 
-def caps_of(config):
-    decode, prefill = config.instances["decode"].max_num_seqs, config.instances["prefill"]
-    decodes = {max(1, int(decode * share)) for share in DECODE_CAPS}
-    prefills = {int(prefill.max_num_batched_tokens * share) for share in PREFILL_CAPS}
-    return [
-        Caps(decode=d, prefill=p)
-        for d, p in itertools.product(decodes, (p for p in prefills if p >= prefill.max_num_seqs))
-    ]
-
-
-def holds(judge, split, rate, slo):
-    """By any caps."""
-    for caps in caps_of(load_config("laptop", TINY)):
-        config = load_config(
-            "laptop",
-            (
-                *TINY,
-                f"instances.prefill.count={split[0]}",
-                f"instances.decode.count={split[1]}",
-                f"instances.decode.max_num_seqs={caps.decode}",
-                f"instances.prefill.max_num_batched_tokens={caps.prefill}",
-            ),
-        )
-        if judge(config, WorkloadSource(rate=rate, num_requests=400), slo).holds:
-            return True
-    return False
-
-
-@pytest.fixture(autouse=True)
-def no_estimate(request, monkeypatch):
-    """The models here are not the estimate's, so it does not say where to begin."""
-    if "estimate" not in request.keywords:
-        monkeypatch.setattr(planner_module, "decode_tokens_per_s", lambda *args, **kwargs: 0.0)
-
-
-@settings(max_examples=15, deadline=None)
-@given(st.sampled_from([20.0, 45.0]), st.sampled_from([0.3, 0.6]), st.sampled_from([18.0, 60.0, 130.0]), st.data())
-def test_the_cheapest_split_is_that_of_brute_force(prefill_rate, decode_s, rate, data):
-    slo = Slo(ttft_ms=data.draw(st.sampled_from([60.0, 120.0, 400.0])), tpot_ms=data.draw(st.sampled_from([13.0, 20.0])))
-    judge = model_of(prefill_rate, decode_s)
+def planner_of(slo, judge, *, estimate=False, source=WorkloadSource(), **options):
+    """Unless `estimate`, no decode instance is left out for what an estimate says, which knows no `Model`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner_module, "decode_tokens_per_s", lambda *args, **kwargs: 0.0)
-        planner = Planner("laptop", overrides=TINY, source=WorkloadSource(), slo=slo, judge=judge, max_simulations=1000)
-    plan = planner.cheapest(rate)
-    # The planner is to look at up to 4 decode instances; by cost, so that the first that holds is the cheapest.
-    splits = sorted(itertools.product(range(1, 30), range(1, 5)), key=sum)
-    best = next((split for split in splits if holds(judge, split, rate, slo)), None)
-    if best is None:
-        assert plan.chosen is None
-    else:
-        assert plan.chosen is not None
+        if not estimate:
+            patch.setattr(planner_module, "decode_tokens_per_s", lambda *args, **kwargs: 0.0)
+        return Planner("laptop", overrides=TINY, source=source, slo=slo, judge=judge, **options)
+
+
+MODELS = st.builds(Model, prefill_rate=st.sampled_from([20.0, 45.0]), decode_s=st.sampled_from([0.05, 0.1, 0.2]))
+SLOS = st.builds(Slo, ttft_ms=st.sampled_from([35.0, 60.0, 120.0, 400.0]), tpot_ms=st.sampled_from([11.5, 13.0, 20.0]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(MODELS, SLOS, st.sampled_from([18.0, 60.0, 130.0]))
+def test_the_cheapest_split_is_that_of_brute_force(model, slo, rate):
+    plan = planner_of(slo, model, max_simulations=1000).cheapest(rate)
+    # Without an estimate up to 4 decode instances are looked at; an instance of either role is one NPU.
+    splits = sorted(itertools.product(range(1, 60), range(1, 5)), key=sum)
+    best = next((split for split in splits if model.holds(split, rate, slo)), None)
+    assert (plan.chosen is None) == (best is None)
+    if plan.chosen is not None:
         assert plan.chosen.split.num_npus == sum(best)
-        assert holds(judge, (plan.chosen.split.prefill, plan.chosen.split.decode), rate, slo)
+        assert model.holds((plan.chosen.split.prefill, plan.chosen.split.decode), rate, slo)
+    assert plan.is_complete
+
+
+@settings(max_examples=30, deadline=None)
+@given(MODELS, SLOS, st.integers(2, 12))
+def test_the_highest_rate_is_that_of_brute_force(model, slo, npus):
+    plan = planner_of(slo, model, max_simulations=1000).highest_rate(npus)
+    rates = [0.5 * 1.01**i for i in range(800)]
+    splits = [(prefill, npus - prefill) for prefill in range(1, npus)]
+    highest = max((rate for split in splits for rate in rates if model.holds(split, rate, slo)), default=0.0)
+    if plan.chosen is None:
+        assert highest == 0.0
+    else:
+        chosen = plan.chosen
+        assert model.holds((chosen.split.prefill, chosen.split.decode), chosen.rate, slo)
+        assert highest <= chosen.rate * RATE_STEP * 1.001
+
+
+def test_a_plan_of_real_simulations_is_that_of_brute_force():
+    """Two caps of each role and up to 4 instances: everything is simulated, and the search with less gives the same."""
+    slo, rate = Slo(ttft_ms=200.0, tpot_ms=20.6, percentile=95.0), 150.0
+    planner = planner_of(slo, simulate_and_judge, estimate=True, source=WorkloadSource(duration_s=1.0))
+    plan = planner.cheapest(rate)
+    assert plan.chosen is not None
+    every = planner_of(slo, simulate_and_judge, source=WorkloadSource(duration_s=1.0), max_simulations=1000)
+    cheaper = [
+        every._split(prefill, decode)
+        for prefill, decode in itertools.product(range(1, 8), range(1, 8))
+        if prefill + decode < plan.chosen.split.num_npus
+    ]
+    assert cheaper
+    for split in cheaper:
+        for decode, prefill in itertools.product((8, 4), (1024, 512)):
+            assert not every._try(split, Caps(decode=decode, prefill=prefill), rate).holds, split
+    assert len(planner.trials) < len(every.trials)
+    again = planner_of(slo, simulate_and_judge, estimate=True, source=WorkloadSource(duration_s=1.0))
+    assert again.cheapest(rate) == plan
+
+
+def test_the_search_stops_after_so_many_simulations_with_what_it_has():
+    slo, model = Slo(ttft_ms=120.0, tpot_ms=20.0), Model(prefill_rate=20.0, decode_s=0.1)
+    planner = planner_of(slo, model, max_simulations=2)
+    plan = planner.cheapest(130.0)
+    assert (len(planner.trials), plan.is_complete) == (2, False)
+
+
+def test_a_miss_says_by_how_much():
+    slo, model = Slo(ttft_ms=120.0, tpot_ms=10.5), Model(prefill_rate=20.0, decode_s=0.2)
+    plan = planner_of(slo, model).cheapest(60.0)
+    assert plan.chosen is None
+    assert plan.closest.split.decode == 4
+    assert plan.closest.reasons() == ["P99 TPOT 13.00 ms > 10.5"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "npus", "words"),
+    [
+        ("laptop", 5, ("--npus: 5", "take 6", "has 384")),
+        ("colocated", 5, ("colocated", "no prefill and decode instances")),
+    ],
+)
+def test_what_cannot_be_planned_is_named(preset, npus, words):
+    with pytest.raises(ConfigError) as mistake:
+        Planner(preset, source=WorkloadSource(), slo=Slo(ttft_ms=1.0, tpot_ms=1.0)).highest_rate(npus)
+    assert all(word in str(mistake.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"ttft_ms": 0.0, "tpot_ms": 1.0}, "slo_ttft_ms: 0 must be a number above 0"),
+        ({"ttft_ms": 1.0, "tpot_ms": math.nan}, "slo_tpot_ms: nan"),
+        ({"ttft_ms": 1.0, "tpot_ms": 1.0, "percentile": 101.0}, "percentile: 101 .* at most 100"),
+    ],
+)
+def test_an_objective_out_of_range_is_named(values, words):
+    with pytest.raises(ConfigError, match=words):
+        Slo(**values)

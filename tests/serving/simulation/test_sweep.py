@@ -175,9 +175,10 @@ def test_invalid_points_are_rows_and_the_others_run(tmp_path):
 
 
 def test_a_mistake_of_all_points_stops_the_sweep_before_it_runs(tmp_path):
-    with pytest.raises(ConfigError, match=r"instances\.prefill\.counts: unknown key"), RowStore(
-        tmp_path / "f.parquet"
-    ) as store:
+    with (
+        pytest.raises(ConfigError, match=r"instances\.prefill\.counts: unknown key"),
+        RowStore(tmp_path / "f.parquet") as store,
+    ):
         Sweep(store).grid(BASE, [parse_axis("instances.prefill.counts=1,2")])
     assert list(tmp_path.iterdir()) == []
 
