@@ -22,6 +22,7 @@ The end of a reservation is known when it is made and never changes, which is wh
 Links that are shared fairly, and the switches between the ports, are in devices/flows.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -62,11 +63,30 @@ class _Port:
         self.slowdown = 1.0
 
 
+class _End:
+    """An endpoint on one plane, with what every transfer asks of it."""
+
+    __slots__ = ("as_source", "as_target", "device", "into", "node", "out")
+
+    def __init__(self, endpoint: Endpoint, *, out: _Port, into: _Port) -> None:
+        is_host = endpoint.kind == "host"
+        self.as_source = 1 if is_host else 0  # the sum of the two tells the kinds of a pair
+        self.as_target = 2 if is_host else 0
+        self.node = endpoint.node
+        self.device = endpoint.device
+        self.out = out
+        self.into = into
+
+
+_SAME_NODE, _SAME_NPU = 4, 8  # added to the kinds of a pair: transfers with one sum have one path
+
+
 class _Plane:
-    __slots__ = ("by_node", "in_ports", "num_bytes", "num_transfers", "out_ports")
+    __slots__ = ("by_node", "ends", "in_ports", "num_bytes", "num_transfers", "out_ports")
 
     def __init__(self, *, by_node: bool) -> None:
         self.by_node = by_node
+        self.ends: dict[Endpoint, _End] = {}
         self.out_ports: dict[Endpoint | int, _Port] = {}
         self.in_ports: dict[Endpoint | int, _Port] = {}
         self.num_bytes = 0
@@ -118,27 +138,62 @@ class Fabric:
         `op` is "read" if `dst` starts it and "write" if `src` does. Nothing, or to itself, is free.
         Raises LinkDown, and then nothing is reserved.
         """
+        return self.reserve_all(plane, (src,), (dst,), num_bytes=num_bytes, now_ns=now_ns, op=op)
+
+    def reserve_all(
+        self,
+        plane: PlaneName,
+        sources: Sequence[Endpoint],
+        targets: Sequence[Endpoint],
+        *,
+        num_bytes: int,
+        now_ns: int,
+        op: Op,
+    ) -> int:
+        """Send `num_bytes` from each of `sources` to its entry of `targets`; returns the instant of the last arrival.
+
+        The same as one `reserve` after the other. Raises LinkDown at the first transfer that has no way; those before
+        it stay reserved.
+        """
         if num_bytes < 0:
-            raise ValueError(f"transfer {src} to {dst}: {num_bytes} bytes is negative")
-        if src == dst or num_bytes == 0:
-            return now_ns
-        path = self.path(plane, src, dst, op=op)
+            ends = ", ".join(f"{src} to {dst}" for src, dst in zip(sources, targets, strict=True))
+            raise ValueError(f"transfer {ends}: {num_bytes} bytes is negative")
+        arrival_ns = now_ns
+        if num_bytes == 0:
+            return arrival_ns
         state = self._planes[plane]
-        out = _port(state.out_ports, src, state.by_node)
-        into = _port(state.in_ports, dst, state.by_node)
-        if out.is_down or into.is_down:
-            raise LinkDown(plane, str(src), str(dst))
-        slowdown = out.slowdown if out.slowdown > into.slowdown else into.slowdown
-        busy_ns = max(1, round(num_bytes * slowdown * 1e9 / path.bytes_per_s))
-        finish_ns = now_ns
-        for port in (out, into):
-            until_ns = max(now_ns, port.busy_until_ns) + busy_ns
-            port.busy_until_ns = until_ns
-            port.busy_ns += busy_ns
-            finish_ns = max(finish_ns, until_ns)
-        state.num_bytes += num_bytes
-        state.num_transfers += 1
-        return finish_ns + path.zero_byte_latency_ns
+        known = state.ends
+        wires: list[tuple[int, int, PathSpec] | None] = [None] * (_SAME_NPU + 1)  # time on the wire, latency, path
+        for src, dst in zip(sources, targets, strict=True):
+            start = known.get(src) or _end(state, src)
+            end = known.get(dst) or _end(state, dst)
+            if start is end:
+                continue
+            sort = start.as_source + end.as_target
+            if start.node == end.node:
+                sort += _SAME_NPU if sort == 0 and start.device == end.device else _SAME_NODE
+            wire = wires[sort]
+            if wire is None:
+                path = self.path(plane, src, dst, op=op)
+                wire = wires[sort] = (_wire_ns(num_bytes, path), path.zero_byte_latency_ns, path)
+            busy_ns, latency_ns, path = wire
+            out, into = start.out, end.into
+            if out.is_down or into.is_down:
+                raise LinkDown(plane, str(src), str(dst))
+            slowdown = out.slowdown if out.slowdown > into.slowdown else into.slowdown
+            if slowdown != 1.0:
+                busy_ns = _wire_ns(num_bytes, path, slowdown)
+            out_ns, in_ns = out.busy_until_ns, into.busy_until_ns
+            out.busy_until_ns = out_ns = (out_ns if out_ns > now_ns else now_ns) + busy_ns
+            into.busy_until_ns = in_ns = (in_ns if in_ns > now_ns else now_ns) + busy_ns
+            out.busy_ns += busy_ns
+            into.busy_ns += busy_ns
+            state.num_bytes += num_bytes
+            state.num_transfers += 1
+            finish_ns = (out_ns if out_ns > in_ns else in_ns) + latency_ns
+            if finish_ns > arrival_ns:
+                arrival_ns = finish_ns
+        return arrival_ns
 
     def fail_link(self, plane: PlaneName, endpoint: Endpoint) -> None:
         """Take an endpoint off a plane. Transfers that were reserved before are not undone."""
@@ -177,15 +232,17 @@ class Fabric:
 
     def _ports_of(self, plane: PlaneName, endpoint: Endpoint) -> tuple[_Port, _Port]:
         state = self._planes[plane]
-        return (
-            _port(state.out_ports, endpoint, state.by_node),
-            _port(state.in_ports, endpoint, state.by_node),
-        )
+        end = state.ends.get(endpoint) or _end(state, endpoint)
+        return end.out, end.into
 
 
-def _port(ports: dict[Endpoint | int, _Port], endpoint: Endpoint, by_node: bool) -> _Port:
-    key = endpoint.node if by_node else endpoint
-    port = ports.get(key)
-    if port is None:
-        port = ports[key] = _Port()
-    return port
+def _end(state: _Plane, endpoint: Endpoint) -> _End:
+    """An endpoint that is new to a plane."""
+    key = endpoint.node if state.by_node else endpoint
+    out, into = state.out_ports.setdefault(key, _Port()), state.in_ports.setdefault(key, _Port())
+    state.ends[endpoint] = end = _End(endpoint, out=out, into=into)
+    return end
+
+
+def _wire_ns(num_bytes: int, path: PathSpec, slowdown: float = 1.0) -> int:
+    return max(1, round(num_bytes * slowdown * 1e9 / path.bytes_per_s))

@@ -229,11 +229,9 @@ def _outcome_rows(result: BenchResult) -> list[str]:
 
 def _our_keys(result: BenchResult, percentiles: Sequence[float]) -> dict[str, Any]:
     summary = result.summary
-    simulated: dict[str, Any] | None = None
-    if summary.simulated:
-        simulated = {}
-        for metric in METRICS:
-            simulated |= _statistics(metric, summary.simulated.get(metric), percentiles, absent=None)
+    simulated: dict[str, Any] = {}
+    for metric in METRICS if summary.simulated else ():
+        simulated |= _statistics(metric, summary.simulated.get(metric), percentiles, absent=None)
     return {
         "workload": result.info.workload,
         "workload_digest": result.info.workload_digest,
@@ -246,7 +244,7 @@ def _our_keys(result: BenchResult, percentiles: Sequence[float]) -> dict[str, An
         "cached_tokens": summary.num_cached_tokens,
         "cache_hit_rate": summary.cache_hit_rate,
         "slo_attainment": dict(summary.slo_attainment),
-        "simulated": simulated,
+        "simulated": simulated or None,
         "held_at_rest": None if result.held_at_rest is None else dict(result.held_at_rest),
         "cluster": None if result.cluster is None else dict(result.cluster),
         "expert_load": None if result.expert_load is None else dict(result.expert_load),

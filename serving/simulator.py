@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from serving.core.request import Request
 from serving.engine_run import StepRecord
 from serving.expert_load import ExpertLoad
 from serving.frontend import Frontend
-from serving.report import BenchResult, RunInfo, needed_percentiles
+from serving.report import BenchResult, needed_percentiles
+from serving.run_info import run_info
 from serving.spec_decode import SpecDecodeStats
 from serving.summary import summarize
 from serving.transport import Transport
@@ -93,15 +93,14 @@ def run_in_virtual_time(
     Raises AssertionError if anything is held in the end.
     """
     started = time.perf_counter()
-    run = drive(
-        config, workload, open_transport=open_transport, close_transport=close_transport, keep_events=keep_events
-    )
+    log = EventLog(keep=keep_events)
+    run = drive(config, workload, log=log, open_transport=open_transport, close_transport=close_transport)
     wall_s = time.perf_counter() - started
     return SimulationResult(
-        bench=_bench_result(config, workload, run, wall_s=wall_s),
-        digest=run.log.digest(),
+        bench=_bench_result(config, workload, run, wall_s=wall_s, digest=log.digest()),
+        digest=log.digest(),
         token_ids=run.workload_run.token_ids,
-        log=run.log,
+        log=log,
         wall_s=wall_s,
         simulated_s=run.simulated_s,
     )
@@ -113,7 +112,6 @@ class VirtualRun:
 
     workload_run: WorkloadRun
     cluster: Cluster
-    log: EventLog
     held: dict[str, int]
     simulated_s: float
     interrupted: bool  # by Ctrl-C; what was running is aborted, what had not arrived never will
@@ -125,17 +123,17 @@ def drive(
     *,
     open_transport: Callable[[], Transport] | None = None,
     close_transport: Callable[[], Awaitable[None]] | None = None,
-    keep_events: bool = False,
+    log: EventLog,
     on_step: Callable[[StepRecord], None] = lambda record: None,
     on_outcome: Callable[[Request], None] = lambda request: None,
     watch: Callable[[Cluster], None] = lambda cluster: None,
 ) -> VirtualRun:
-    """As `run_in_virtual_time`. `on_step` hears of every step, `on_outcome` of every request that is over; `watch` gets
-    the cluster before it starts.
+    """As `run_in_virtual_time`, with events in `log`.
+
+    `on_step` hears of every step, `on_outcome` of every request that is over, `watch` of the cluster before it starts.
     """
 
     async def main(clock: VirtualClock) -> VirtualRun:
-        log = EventLog(keep=keep_events)
         transport = open_transport() if open_transport is not None else None
         interrupted = False
         try:
@@ -165,13 +163,13 @@ def drive(
             if close_transport is not None:
                 await close_transport()
         return VirtualRun(
-            workload_run=run, cluster=cluster, log=log, held=held, simulated_s=simulated_s, interrupted=interrupted
+            workload_run=run, cluster=cluster, held=held, simulated_s=simulated_s, interrupted=interrupted
         )
 
     return run_virtual(main)
 
 
-def _bench_result(config: RunConfig, workload: Workload, run: VirtualRun, *, wall_s: float) -> BenchResult:
+def _bench_result(config: RunConfig, workload: Workload, run: VirtualRun, *, wall_s: float, digest: str) -> BenchResult:
     records, cluster = run.workload_run.records, run.cluster
     return BenchResult(
         info=run_info(config, workload),
@@ -183,26 +181,9 @@ def _bench_result(config: RunConfig, workload: Workload, run: VirtualRun, *, wal
         ),
         held_at_rest=run.held,
         expert_load=measured_expert_load(cluster),
-        cluster=cluster_figures(cluster)
-        | {"simulated_s": run.simulated_s, "wall_s": wall_s, "digest": run.log.digest()},
+        cluster=cluster_figures(cluster) | {"simulated_s": run.simulated_s, "wall_s": wall_s, "digest": digest},
         interrupted=run.interrupted,
         num_not_sent=len(workload) - len(run.workload_run.requests),
-    )
-
-
-def run_info(config: RunConfig, workload: Workload) -> RunInfo:
-    """What is run, for the head of a result."""
-    section = config.workload
-    return RunInfo(
-        date=datetime.now().strftime("%Y%m%d-%H%M%S"),
-        backend="simulated",
-        model_id=config.model.served_model_name,
-        num_prompts=len(workload),
-        request_rate=math.inf if section.request_rate == "inf" else section.request_rate,
-        burstiness=section.burstiness,
-        max_concurrency=section.max_concurrency,
-        workload=workload.name,
-        workload_digest=workload.digest,
     )
 
 

@@ -105,7 +105,7 @@ class WorkloadRun:
             num_prompt_tokens=item.num_prompt_tokens,
             max_tokens=item.max_tokens,
             prompt_token_ids=token_ids,
-            block_hashes=tuple(BlockHash(name.to_bytes(8, "little")) for name in names),
+            block_hashes=tuple(BlockHash(name) for name in names),
             priority=item.priority,
             sampling=SamplingParams(max_tokens=item.max_tokens, temperature=0.0, ignore_eos=True, seed=item.seed or 0),
         )

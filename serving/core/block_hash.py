@@ -3,7 +3,8 @@
 Owns: how a block is hashed. Equal on every machine and in every process.
 Must not know: pools, requests.
 Source: vLLM v1 (hash of parent hash, token ids and extra keys; cache_salt on the first block only), with
-BLAKE2b in place of a process-seeded hash.
+BLAKE2b in place of a process-seeded hash. A hash is an integer of 128 bits: a dictionary of a million of them hashes
+and compares integers faster than bytes.
 """
 
 from collections.abc import Sequence
@@ -26,11 +27,11 @@ def hash_block(parent: BlockHash | None, token_ids: TokenIds, extra: bytes = b""
     `extra` is whatever else the cached values depend on: a tenant's salt, an adapter's name.
     Every part is preceded by its length, so no two different inputs give the same bytes to the hash.
     """
-    head = parent or b""
+    head = b"" if parent is None else parent.to_bytes(HASH_NUM_BYTES, "little")
     digest = blake2b(digest_size=HASH_NUM_BYTES, person=b"kv-block")
     digest.update(len(head).to_bytes(4, "little") + head + len(extra).to_bytes(4, "little") + extra)
     digest.update(np.ascontiguousarray(token_ids, dtype="<i8").tobytes())
-    return BlockHash(digest.digest())
+    return BlockHash(int.from_bytes(digest.digest(), "little"))
 
 
 def hash_prompt(token_ids: TokenIds, block_size: int, salt: str | None = None) -> tuple[BlockHash, ...]:

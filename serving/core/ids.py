@@ -2,7 +2,7 @@
 
 Owns: the NewTypes of ids and the array types that the core's interfaces use.
 Must not know: anything else.
-Source: vLLM v1 (a block hash is its own type, so that it cannot be mistaken for other bytes).
+Source: vLLM v1 (a block hash is its own type, so that it cannot be mistaken for another number).
 """
 
 from typing import NewType
@@ -14,7 +14,7 @@ RequestId = NewType("RequestId", str)
 InstanceId = NewType("InstanceId", str)
 HostId = NewType("HostId", str)
 BlockId = NewType("BlockId", int)
-BlockHash = NewType("BlockHash", bytes)
+BlockHash = NewType("BlockHash", int)  # not negative; of at least 64 good bits
 
 BlockIds = NDArray[np.int32]
 """Block ids in the order of the tokens that they hold, shape (num_blocks,)."""

@@ -3,53 +3,47 @@
 Owns: the map from block hashes to (host, handle), the two phases of a put, leases, and eviction by bytes.
 Must not know: the bytes, transfers, who asks. Time is given.
 Source: Mooncake Store (put start / commit / revoke, leases that pin what is read, index apart from bytes); EMS of arXiv
-2506.12708 section 4.4 (consistent hashing over hosts, LRU). Hosts are chosen by rendezvous hashing: of all hosts the
-one whose hash with the block is highest, so removing a host moves only what it held.
+2506.12708 section 4.4 (consistent hashing over hosts, LRU). Hosts are chosen by rendezvous hashing, so removing a host
+moves only what it held.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
-
-import numpy as np
-from numpy.typing import NDArray
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 
 from serving.core.errors import IllegalCall, LeaseLost
 from serving.core.ids import BlockHash
+from serving.core.pool_block import Lease, PoolBlock, PutsStarted, PutStarted
+from serving.core.rendezvous import Rendezvous
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolBlock:
-    """Where one block is."""
+class _Host:
+    """A host's room, and its blocks that nobody reads, least recently used first: hash to packed handle and size.
 
-    block_hash: BlockHash
-    host_id: int
-    handle: int  # unique over the life of the index
-    num_bytes: int
+    A pool holds blocks by the million: an integer takes half of what a tuple of two takes, and the collector of
+    garbage has nothing to do with it.
+    """
 
+    __slots__ = ("capacity_bytes", "host_id", "idle", "used_bytes")
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lease:
-    """A pinned prefix. It protects its blocks until `release`, or until it expires."""
-
-    lease_id: int
-    blocks: tuple[PoolBlock, ...]
-    expires_ns: int
+    def __init__(self, host_id: int, capacity_bytes: int) -> None:
+        self.host_id = host_id
+        self.capacity_bytes = capacity_bytes
+        self.used_bytes = 0
+        self.idle: OrderedDict[BlockHash, int] = OrderedDict()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PutStarted:
-    """Room for one block, which nobody can find before `put_commit`. What was `evicted` for it must be freed first."""
-
-    block: PoolBlock
-    evicted: tuple[PoolBlock, ...]
+_HANDLE_BITS = 40  # a million new blocks per second for 12 days; the size stands above them
+_HANDLE_MASK = (1 << _HANDLE_BITS) - 1
 
 
-@dataclass(slots=True)
-class _Entry:
-    block: PoolBlock
-    num_leases: int = 0
+class _Pin:
+    """A block that leases hold."""
+
+    __slots__ = ("block", "num_leases")
+
+    def __init__(self, block: PoolBlock) -> None:
+        self.block = block
+        self.num_leases = 1
 
 
 class PoolIndex:
@@ -63,18 +57,17 @@ class PoolIndex:
         """`hosts` gives the capacity of each in bytes; a lease protects its blocks for `lease_ns`."""
         if lease_ns < 1 or any(capacity < 0 for capacity in hosts.values()):
             raise IllegalCall(f"lease_ns {lease_ns} must be positive, capacities {dict(hosts)} must not be negative")
-        self._capacity = dict(hosts)
-        self._used = dict.fromkeys(hosts, 0)
         self._lease_ns = lease_ns
-        self._entries: dict[BlockHash, _Entry] = {}
-        # Per host, committed and unleased blocks, least recently used first.
-        self._idle: dict[int, OrderedDict[BlockHash, None]] = {host_id: OrderedDict() for host_id in hosts}
+        self._hosts = {host_id: _Host(host_id, capacity) for host_id, capacity in hosts.items()}
+        self._rendezvous = Rendezvous(self._hosts)
+        self._home: dict[BlockHash, _Host] = {}  # of every block that can be found
+        self._pins: dict[BlockHash, _Pin] = {}  # of those that are leased; the others are idle at their hosts
         self._writing: dict[BlockHash, PoolBlock] = {}
         self._leases: dict[int, Lease] = {}  # in order of their ends, since time does not go back
-        self._host_ids, self._host_seeds = _seeds(hosts)
         self._next_handle = 0
         self._next_lease = 0
         self._latest_ns = 0
+        self._used_bytes = 0
         self.num_hits = 0  # blocks that leases asked for and got
         self.num_misses = 0  # and did not get
         self.num_evicted = 0
@@ -82,7 +75,7 @@ class PoolIndex:
     @property
     def num_blocks(self) -> int:
         """Blocks that can be found."""
-        return len(self._entries)
+        return len(self._home)
 
     @property
     def num_leases(self) -> int:
@@ -97,50 +90,54 @@ class PoolIndex:
     @property
     def used_bytes(self) -> int:
         """Of all hosts, blocks being written among them."""
-        return sum(self._used.values())
+        return self._used_bytes
 
     @property
-    def used_bytes_by_host(self) -> tuple[int, ...]:
-        """The same per host, in the order of the hosts."""
-        return tuple(self._used.values())
+    def host_used_bytes(self) -> dict[int, int]:
+        """Of each host that is left."""
+        return {host_id: host.used_bytes for host_id, host in self._hosts.items()}
 
     @property
     def capacity_bytes(self) -> int:
         """Of all hosts."""
-        return sum(self._capacity.values())
+        return sum(host.capacity_bytes for host in self._hosts.values())
 
     def find_prefix(self, hashes: Sequence[BlockHash]) -> int:
         """Number of leading blocks that are in the pool; does not count as use."""
+        home = self._home
         for index, block_hash in enumerate(hashes):
-            if block_hash not in self._entries:
+            if block_hash not in home:
                 return index
         return len(hashes)
 
     def touch(self, hashes: Sequence[BlockHash]) -> None:
         """Make the prefix the most recently used, its end less so than its beginning, which must outlive it."""
+        home, pins = self._home, self._pins
         for block_hash in reversed(hashes[: self.find_prefix(hashes)]):
-            entry = self._entries[block_hash]
-            if not entry.num_leases:
-                self._idle[entry.block.host_id].move_to_end(block_hash)
+            if block_hash not in pins:
+                home[block_hash].idle.move_to_end(block_hash)
 
     def lease(self, hashes: Sequence[BlockHash], now_ns: int) -> Lease:
         """Pin the longest prefix of `hashes` that is in the pool, for reading; it may be empty."""
         if now_ns < self._latest_ns:
             raise IllegalCall(f"instant {now_ns} ns is before the last one, {self._latest_ns} ns")
         self._latest_ns = now_ns
-        entries = [self._entries[block_hash] for block_hash in hashes[: self.find_prefix(hashes)]]
-        self.num_hits += len(entries)
-        self.num_misses += len(hashes) - len(entries)
-        lease = Lease(
-            lease_id=self._next_lease,
-            blocks=tuple(entry.block for entry in entries),
-            expires_ns=now_ns + self._lease_ns,
-        )
+        blocks: list[PoolBlock] = []
+        for block_hash in hashes:
+            pin = self._pins.get(block_hash)
+            if pin is not None:
+                pin.num_leases += 1
+            else:
+                host = self._home.get(block_hash)
+                if host is None:
+                    break
+                pin = self._pins[block_hash] = _Pin(_unpack(block_hash, host, host.idle.pop(block_hash)))
+            blocks.append(pin.block)
+        self.num_hits += len(blocks)
+        self.num_misses += len(hashes) - len(blocks)
+        lease = Lease(lease_id=self._next_lease, blocks=tuple(blocks), expires_ns=now_ns + self._lease_ns)
         self._next_lease += 1
         self._leases[lease.lease_id] = lease
-        for entry in entries:
-            entry.num_leases += 1
-            self._idle[entry.block.host_id].pop(entry.block.block_hash, None)
         return lease
 
     def release(self, lease_id: int) -> int:
@@ -156,13 +153,14 @@ class PoolIndex:
         # Tail first, so that the end of a prefix is evicted before its beginning.
         for index in reversed(range(len(lease.blocks))):
             block = lease.blocks[index]
-            entry = self._entries.get(block.block_hash)
-            if entry is None or entry.block.handle != block.handle:
+            pin = self._pins.get(block.block_hash)
+            if pin is None or pin.block is not block:  # its host was removed; somebody may have stored it again
                 num_intact = index
                 continue
-            entry.num_leases -= 1
-            if not entry.num_leases:
-                self._idle[block.host_id][block.block_hash] = None
+            pin.num_leases -= 1
+            if not pin.num_leases:
+                del self._pins[block.block_hash]
+                self._hosts[block.host_id].idle[block.block_hash] = _pack(block)
         return num_intact
 
     def expire(self, now_ns: int) -> int:
@@ -181,112 +179,130 @@ class PoolIndex:
 
         None if the block is there, or being written, or no host has room that is neither leased nor being written.
         """
+        started = self.put_start_all((block_hash,), num_bytes)
+        return PutStarted(block=started.blocks[0], evicted=started.evicted) if started.blocks else None
+
+    def put_start_all(self, hashes: Sequence[BlockHash], num_bytes: int) -> PutsStarted:
+        """`put_start` of one block of `num_bytes` each after the other; those for which it is None are left out."""
         if num_bytes < 1:
             raise IllegalCall(f"a block of {num_bytes} bytes")
-        if block_hash in self._entries or block_hash in self._writing:
-            return None
-        for host_id in self._hosts_by_preference(block_hash):
-            missing = self._used[host_id] + num_bytes - self._capacity[host_id]
-            victims: list[BlockHash] = []
-            for victim in self._idle[host_id]:
-                if missing <= 0:
-                    break
-                victims.append(victim)
-                missing -= self._entries[victim].block.num_bytes
-            if missing > 0:
+        blocks: list[PoolBlock] = []
+        positions: list[int] = []
+        evicted: list[PoolBlock] = []
+        home, writing = self._home, self._writing
+        new = [block_hash for block_hash in hashes if block_hash not in home and block_hash not in writing]
+        preferred = dict(zip(new, self._rendezvous.first_choices(new), strict=True)) if self._hosts else {}
+        for position, block_hash in enumerate(hashes):
+            if block_hash in home or block_hash in writing:
                 continue
-            evicted = tuple(self._evict(victim) for victim in victims)
-            block = PoolBlock(block_hash=block_hash, host_id=host_id, handle=self._next_handle, num_bytes=num_bytes)
+            host_id = preferred.get(block_hash)  # None: it was there until a block before it took its place
+            host = None if host_id is None else self._hosts[host_id]
+            if host is None or not self._make_room(host, num_bytes, evicted):
+                choices = (self._hosts[host_id] for host_id in self._rendezvous.choices(block_hash))
+                host = next((other for other in choices if self._make_room(other, num_bytes, evicted)), None)
+                if host is None:
+                    continue
+            block = PoolBlock(block_hash, host.host_id, self._next_handle, num_bytes)
             self._next_handle += 1
-            self._used[host_id] += num_bytes
-            self._writing[block_hash] = block
-            return PutStarted(block=block, evicted=evicted)
-        return None
+            host.used_bytes += num_bytes
+            self._used_bytes += num_bytes
+            writing[block_hash] = block
+            blocks.append(block)
+            positions.append(position)
+        return PutsStarted(blocks=tuple(blocks), positions=tuple(positions), evicted=tuple(evicted))
 
     def is_pending(self, block: PoolBlock) -> bool:
         """Whether the put of this block is in progress; not any more if its host was removed."""
         return self._writing.get(block.block_hash) == block
 
     def put_commit(self, block: PoolBlock) -> None:
-        """The bytes are there: let the block be found. Raises IllegalCall if this put is not in progress.
+        """The bytes are there: let the block be found. Raises IllegalCall if this put is not in progress."""
+        if not self.put_commit_all((block,)):
+            raise IllegalCall(f"put of handle {block.handle} is not in progress")
 
-        Of a prefix, commit the end first: what is committed later is evicted later.
+    def put_commit_all(self, blocks: Sequence[PoolBlock]) -> int:
+        """Commit blocks of a prefix, in its order, but for those whose put is not in progress; returns their number.
+
+        The last is committed first: what is committed later is evicted later.
         """
-        self._end_put(block)
-        self._entries[block.block_hash] = _Entry(block)
-        self._idle[block.host_id][block.block_hash] = None
+        num_committed = 0
+        for block in reversed(blocks):
+            block_hash = block.block_hash
+            if self._writing.get(block_hash) == block:
+                del self._writing[block_hash]
+                self._home[block_hash] = host = self._hosts[block.host_id]
+                host.idle[block_hash] = _pack(block)
+                num_committed += 1
+        return num_committed
 
     def put_revoke(self, block: PoolBlock) -> None:
         """The bytes did not arrive: give the room back. Raises IllegalCall if this put is not in progress."""
-        self._end_put(block)
-        self._used[block.host_id] -= block.num_bytes
+        if not self.is_pending(block):
+            raise IllegalCall(f"put of handle {block.handle} is not in progress")
+        del self._writing[block.block_hash]
+        self._hosts[block.host_id].used_bytes -= block.num_bytes
+        self._used_bytes -= block.num_bytes
 
     def remove_host(self, host_id: int) -> int:
         """Forget a host and all that it held; returns the number of blocks. Puts on it are not in progress any more."""
-        if host_id not in self._capacity:
+        host = self._hosts.pop(host_id, None)
+        if host is None:
             raise IllegalCall(f"host {host_id} is not in the pool")
-        lost = [block_hash for block_hash, entry in self._entries.items() if entry.block.host_id == host_id]
+        lost = [block_hash for block_hash, at in self._home.items() if at is host]
         for block_hash in lost:
-            del self._entries[block_hash]
+            del self._home[block_hash]
+            self._pins.pop(block_hash, None)
         self._writing = {h: block for h, block in self._writing.items() if block.host_id != host_id}
-        del self._capacity[host_id], self._used[host_id], self._idle[host_id]
-        self._host_ids, self._host_seeds = _seeds(self._capacity)
+        self._used_bytes -= host.used_bytes
+        self._rendezvous = Rendezvous(self._hosts)
         return len(lost)
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless bytes, leases and LRU orders agree with the entries."""
-        used = dict.fromkeys(self._capacity, 0)
-        for block in [*(entry.block for entry in self._entries.values()), *self._writing.values()]:
+        blocks = [_unpack(h, host, packed) for host in self._hosts.values() for h, packed in host.idle.items()]
+        blocks += [pin.block for pin in self._pins.values()]
+        assert {block.block_hash: self._hosts[block.host_id] for block in blocks} == self._home
+        assert len(blocks) == len(self._home)
+        assert not self._home.keys() & self._writing.keys()
+        used = dict.fromkeys(self._hosts, 0)
+        for block in [*blocks, *self._writing.values()]:
+            assert 0 <= block.handle < self._next_handle
             used[block.host_id] += block.num_bytes
-        assert used == self._used
-        assert all(used[host_id] <= self._capacity[host_id] for host_id in used)
-        leased: dict[int, int] = {}
-        for lease in self._leases.values():
-            for block in lease.blocks:
-                leased[block.handle] = leased.get(block.handle, 0) + 1
-        for block_hash, entry in self._entries.items():
-            assert block_hash == entry.block.block_hash
-            assert entry.num_leases == leased.get(entry.block.handle, 0)
-            assert (block_hash in self._idle[entry.block.host_id]) == (entry.num_leases == 0)
-            assert block_hash not in self._writing
-        num_idle = sum(not entry.num_leases for entry in self._entries.values())
-        assert sum(len(idle) for idle in self._idle.values()) == num_idle
+        assert used == self.host_used_bytes
+        assert sum(used.values()) == self._used_bytes
+        assert all(host.used_bytes <= host.capacity_bytes for host in self._hosts.values())
+        leased = Counter(block.handle for lease in self._leases.values() for block in lease.blocks)
+        pinned = {pin.block.handle: pin.num_leases for pin in self._pins.values()}
+        assert pinned == {block.handle: leased[block.handle] for block in blocks if block.handle in leased}
         ends = [lease.expires_ns for lease in self._leases.values()]
         assert ends == sorted(ends)
-        assert self._host_ids == list(self._capacity)
+        assert self._rendezvous.host_ids == list(self._hosts)
 
-    def _end_put(self, block: PoolBlock) -> None:
-        if self._writing.get(block.block_hash) != block:
-            raise IllegalCall(f"put of handle {block.handle} is not in progress")
-        del self._writing[block.block_hash]
-
-    def _evict(self, block_hash: BlockHash) -> PoolBlock:
-        block = self._entries.pop(block_hash).block
-        del self._idle[block.host_id][block_hash]
-        self._used[block.host_id] -= block.num_bytes
-        self.num_evicted += 1
-        return block
-
-    def _hosts_by_preference(self, block_hash: BlockHash) -> Iterable[int]:
-        """Hosts by rendezvous hash, the best first; the others are sorted only if somebody asks."""
-        if not self._host_ids:
-            return
-        key = np.uint64(int.from_bytes(blake2b(block_hash, digest_size=8).digest(), "little"))
-        weights = _mix(self._host_seeds ^ key)
-        yield self._host_ids[int(np.argmax(weights))]
-        for index in np.argsort(weights)[-2::-1].tolist():
-            yield self._host_ids[index]
-
-
-def _seeds(host_ids: Iterable[int]) -> tuple[list[int], NDArray[np.uint64]]:
-    """Hosts, and a 64-bit number for each that depends on its id alone."""
-    ids = list(host_ids)
-    digests = [blake2b(str(host_id).encode(), digest_size=8).digest() for host_id in ids]
-    return ids, np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
+    def _make_room(self, host: _Host, num_bytes: int, evicted: list[PoolBlock]) -> bool:
+        """Evict what a block of `num_bytes` needs, adding it to `evicted`. False if that is not enough: all stays."""
+        missing = host.used_bytes + num_bytes - host.capacity_bytes
+        if missing <= 0:
+            return True
+        victims: list[PoolBlock] = []
+        for block_hash, packed in host.idle.items():
+            victims.append(_unpack(block_hash, host, packed))
+            missing -= victims[-1].num_bytes
+            if missing <= 0:
+                break
+        else:
+            return False
+        for block in victims:
+            del self._home[block.block_hash], host.idle[block.block_hash]
+            host.used_bytes -= block.num_bytes
+            self._used_bytes -= block.num_bytes
+        self.num_evicted += len(victims)
+        evicted += victims
+        return True
 
 
-def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Finalizer of splitmix64: every input bit changes about half of the output bits."""
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
+def _pack(block: PoolBlock) -> int:
+    return block.handle | block.num_bytes << _HANDLE_BITS
+
+
+def _unpack(block_hash: BlockHash, host: _Host, packed: int) -> PoolBlock:
+    return PoolBlock(block_hash, host.host_id, packed & _HANDLE_MASK, packed >> _HANDLE_BITS)

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -63,18 +62,13 @@ def simulate(
     objectives = parse_goodput(goodput or [])
     if requests_file is not None:
         check_export(requests_file)
-    _check_pictures(report_file, perfetto_file)
+    _check_trace_file(perfetto_file)
     workload = load_workload(settings, trace=trace, trace_divisor=trace_divisor)
     if strict:
         check_served(settings, workload)
+    moves = report_file is not None or perfetto_file is not None
     with _bar(len(workload)) as on_progress:
-        run = run_simulation(
-            settings,
-            workload,
-            moves=perfetto_file is not None or report_file is not None,
-            digest=digest,
-            on_progress=on_progress,
-        )
+        run = run_simulation(settings, workload, moves=moves, digest=digest, on_progress=on_progress)
     result = bench_result(settings, workload, run, goodput=objectives)
     figures = figures_of(settings, run, result)
     typer.echo(format_table(replace(result, held_at_rest=None), more_rows=simulation_rows(figures)))
@@ -108,10 +102,8 @@ def check_served(config: "RunConfig", workload: "Workload") -> None:
         )
 
 
-def _check_pictures(report_file: Path | None, perfetto_file: Path | None) -> None:
+def _check_trace_file(perfetto_file: Path | None) -> None:
     """Before the run, not after it."""
-    if report_file is not None and find_spec("plotly") is None:
-        raise ConfigError(f"--report: {report_file}: needs plotly: pip install 'supernode-infer[report]'")
     if perfetto_file is not None and not perfetto_file.name.endswith((".json", ".json.gz")):
         raise ConfigError(f"--perfetto: {perfetto_file}: the suffix must be .json or .json.gz")
 

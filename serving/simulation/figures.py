@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from serving.config import Role, RunConfig
 from serving.records import OUTCOMES, Goodput
 from serving.report import BenchResult, needed_percentiles, to_json
+from serving.run_info import run_info
 from serving.simulation.columns import InstanceColumns, RunColumns
 from serving.simulation.usage import admission_figures, instance_figures, phase_figures, plane_figures, pool_figures
-from serving.simulator import run_info
 from serving.spec_decode import SpecDecodeStats
 from serving.summary import RequestCounts, Summary, summary_of
 from serving.timings import Floats, Timings, TokenTimes
@@ -110,7 +110,7 @@ def figures_of(config: RunConfig, run: RunColumns, result: BenchResult) -> dict[
         "cache": _cache(config, run),
         "admission_queue": admission_figures(run),
         "phases_ms": phase_figures(run),
-        "instances": [instance_figures(instance, run.simulated_s) for instance in run.instances],
+        "instances": [instance_figures(run, index) for index in range(len(run.instances))],
         "planes": {plane: plane_figures(totals, run.simulated_s) for plane, totals in sorted(run.planes.items())},
         "pool": None if run.pool is None else pool_figures(run.pool, run.simulated_s),
         "machine": {

@@ -32,7 +32,7 @@ from serving.simulation.trace_events import Event, Lanes, Tracks, counter_event,
 MAX_EVENTS = 200_000
 LEAST_SHARE = 0.005  # of a step: a smaller operator gets no slice
 REQUEST_EVENTS = 11  # at most: the request, six phases, four ends of arrows
-STEP_EVENTS = 3  # a slice and two counters, without operators
+STEP_EVENTS = 4  # at most: a slice and three counters, without operators
 MAX_POOL_POINTS = 5_000
 MAX_LANES = 150  # of requests, about: more at a time are sampled by stride
 PLANE_OF_KIND = {"kv_transfer": "rdma", "pool_load": "ub", "pool_store": "ub"}
@@ -191,7 +191,10 @@ class _Trace:
             yield kept[step]
             waiting, used = int(instance.num_waiting[step]), int(instance.num_used_blocks[step])
             yield counter_event(pid, "requests", start, running=args["rows"], waiting=waiting)
-            yield counter_event(pid, "KV blocks used", start, blocks=used)
+            yield counter_event(pid, "KV", start, **{"blocks used": used})
+            is_last = step + 1 == len(instance.start_ns)
+            if is_last or int(instance.start_ns[step + 1]) > start + length:
+                yield counter_event(pid, "requests", start + length, running=0, waiting=0)
             begin = start
             for op, upto in operators:
                 end = min(start + round(length * upto), start + length)
@@ -229,7 +232,9 @@ class _Trace:
         points = self._inside(pool.time_ns)
         stride = -(-len(points) // MAX_POOL_POINTS) or 1
         for i in points[::stride]:
-            yield counter_event(pid, "pool used GB", int(pool.time_ns[i]), used=round(int(pool.used_bytes[i]) / 1e9, 6))
+            yield counter_event(
+                pid, "pool", int(pool.time_ns[i]), **{"used GB": round(int(pool.used_bytes[i]) / 1e9, 6)}
+            )
 
     def _requests(self) -> Iterator[Event]:
         requests, lanes = self._run.requests, Lanes(self._tracks, "requests", "requests")

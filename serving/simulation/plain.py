@@ -18,6 +18,7 @@ from devices.spec import PlaneName
 from serving.build import InstancePlace, instance_places
 from serving.cluster import Cluster
 from serving.config import RunConfig
+from serving.core.event_log import EventLog, NullLog
 from serving.core.ids import RequestId
 from serving.core.request import OutcomeReason, Request
 from serving.core.router import Placement
@@ -62,9 +63,11 @@ def run_plain(
     places = instance_places(config)
     notes = _Notes(config, places, keep_moves=moves)
     num_over = itertools.count(1)
+    log = EventLog() if digest else NullLog()
     run = drive(
         config,
         workload,
+        log=log,
         on_step=notes.on_step,
         on_outcome=lambda request: on_progress(next(num_over)),
         watch=notes.watch,
@@ -80,7 +83,7 @@ def run_plain(
         num_accepted=sum(engine.num_accepted for engine in cluster.all_engines),
         held_at_rest=run.held,
         simulated_s=run.simulated_s,
-        digest=run.log.digest() if digest else None,
+        digest=log.digest() if digest else None,
         num_not_arrived=len(workload) - len(requests),
         interrupted=run.interrupted,
     )
@@ -195,7 +198,7 @@ class _Notes:
             num_stored_blocks=pool.num_stored_blocks,
             time_ns=np.array(list(self._fill), np.int64),
             used_bytes=np.array(list(self._fill.values()), np.int64),
-            host_used_bytes=np.array(pool.index.used_bytes_by_host, np.int64),
+            host_used_bytes=np.array(list(pool.index.host_used_bytes.values()), np.int64),
         )
 
     def move_columns(self, requests: list[Request]) -> MoveColumns | None:

@@ -21,7 +21,7 @@ from serving.simulation.plots import scaled_bytes
 from serving.simulation.report_page import Section, Table, page
 from serving.simulation.windows import Windows
 from serving.summary import Summary
-from serving.workload import Workload
+from serving.workloads.workload import Workload
 
 MOST_WINDOWS = 300  # of lines and heat maps
 MOST_PERCENTILE_WINDOWS = 120

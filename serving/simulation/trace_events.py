@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 Event = dict[str, Any]
+FIRST_TID = 100_000  # beyond every pid
 
 
 class Tracks:
@@ -25,9 +26,13 @@ class Tracks:
         return self._pids.setdefault(name, len(self._pids) + 1)
 
     def thread(self, process: str, name: str) -> tuple[int, int]:
-        """Its pid and tid; tids are unique over all processes."""
+        """Its pid and tid; tids are unique over all processes.
+
+        The first thread of a process has its pid for tid: viewers take it for the main one, and show it first.
+        """
         pid = self.process(process)
-        return pid, self._tids.setdefault((pid, name), len(self._tids) + 1)
+        has_main = any(known == pid for known, _ in self._tids)
+        return pid, self._tids.setdefault((pid, name), FIRST_TID + len(self._tids) if has_main else pid)
 
     def metadata(self) -> Iterator[Event]:
         """Names of all of them, and the order to show them in."""
@@ -84,7 +89,7 @@ class Lanes:
         else:
             lane = len(self._free_at)
             heapq.heappush(self._free_at, (end_ns, lane))
-        return self._tracks.thread(self._process, f"{self._name} {lane}" if lane else self._name)
+        return self._tracks.thread(self._process, f"{self._name} #{lane + 1}" if lane else self._name)
 
 
 def in_order(events: Iterable[Event]) -> list[Event]:

@@ -9,14 +9,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.simulation.columns import NEVER, InstanceColumns, Ints, PlaneTotals, PoolColumns, RunColumns
+from serving.simulation.columns import NEVER, Ints, PlaneTotals, PoolColumns, RunColumns
 from serving.timings import distribution, weighted_percentile
 
 Figures = dict[str, Any]
 
 
-def instance_figures(instance: InstanceColumns, simulated_s: float) -> Figures:
-    """One instance. Queue and KV occupancy are weighted by the time of the steps at whose start they were seen."""
+def instance_figures(run: RunColumns, index: int) -> Figures:
+    """One instance.
+
+    `queue` are the requests that have their place here and do not run yet: until their prefill begins, or until their
+    KV has arrived; over the simulated time, without preempted requests. What was seen at the start of steps, the KV
+    occupancy and those who found no room in the step, is weighted by the steps' times.
+    """
+    instance, simulated_s = run.instances[index], run.simulated_s
     num_steps, busy_ns = len(instance.start_ns), instance.busy_ns
     by_time = sorted(instance.breakdown_ns.items(), key=lambda item: (-item[1], item[0]))
     return {
@@ -32,7 +38,8 @@ def instance_figures(instance: InstanceColumns, simulated_s: float) -> Figures:
         "mean_batch": float(instance.num_seqs.mean()) if num_steps else 0.0,
         "max_batch": int(instance.num_seqs.max(initial=0)),
         "mean_batch_per_rank": float(instance.num_seqs.mean()) / instance.num_ranks if num_steps else 0.0,
-        "queue": _level(instance.num_waiting, instance.charged_ns),
+        "queue": _depth(*_waits_at(run, index), simulated_s),
+        "waiting_at_steps": _level(instance.num_waiting, instance.charged_ns),
         "kv_occupancy": _level(instance.num_used_blocks / instance.num_blocks, instance.charged_ns),
         "max_kv_tokens_of_a_rank": int(instance.max_kv_tokens.max(initial=0)),
         "breakdown": {
@@ -45,11 +52,8 @@ def admission_figures(run: RunColumns) -> Figures:
     """Requests that have arrived and have no place yet, before their first one; over the simulated time."""
     requests = run.requests
     waited = np.flatnonzero(requests.scheduled_ns > requests.arrival_ns)
-    arrivals, places = requests.arrival_ns[waited], requests.scheduled_ns[waited]
-    instants = np.concatenate([[0], arrivals, places, [round(run.simulated_s * 1e9)]])
-    changes = np.concatenate([[0], np.ones(waited.size, np.int64), -np.ones(waited.size, np.int64), [0]])
-    order = np.argsort(instants, kind="stable")
-    return _level(np.cumsum(changes[order])[:-1], np.diff(instants[order])) | {"waited_requests": int(waited.size)}
+    depth = _depth(requests.arrival_ns[waited], requests.scheduled_ns[waited], run.simulated_s)
+    return depth | {"waited_requests": int(waited.size)}
 
 
 def phase_figures(run: RunColumns) -> Figures:
@@ -113,6 +117,26 @@ def pool_figures(pool: PoolColumns, simulated_s: float) -> Figures:
     }
 
 
+def _waits_at(run: RunColumns, index: int) -> tuple[Ints, Ints]:
+    """From when until when requests were at an instance without running there."""
+    requests, role = run.requests, run.instances[index].role
+    if role == "decode":
+        here, start_ns, end_ns = requests.decode_instance, requests.first_token_ns, requests.decode_start_ns
+    else:
+        here, start_ns, end_ns = requests.prefill_instance, requests.scheduled_ns, requests.prefill_start_ns
+    waited = np.flatnonzero((here == index) & (requests.num_preemptions == 0) & (end_ns > start_ns))
+    return start_ns[waited], end_ns[waited]
+
+
+def _depth(start_ns: Ints, end_ns: Ints, simulated_s: float) -> Figures:
+    """Of a queue in which somebody stands over each [start, end)."""
+    ones = np.ones(start_ns.size, np.int64)
+    instants = np.concatenate([[0], start_ns, end_ns, [round(simulated_s * 1e9)]])
+    changes = np.concatenate([[0], ones, -ones, [0]])
+    order = np.argsort(instants, kind="stable")
+    return _level(np.cumsum(changes[order])[:-1], np.diff(instants[order]))
+
+
 def _level(values: NDArray[Any], weights: NDArray[np.int64]) -> Figures:
     """Mean, 99th percentile and maximum of a level that held for so long; zero if it was never seen."""
     held = np.flatnonzero(weights)
@@ -122,5 +146,5 @@ def _level(values: NDArray[Any], weights: NDArray[np.int64]) -> Figures:
     return {
         "mean": float(seen @ times / times.sum()),
         "p99": weighted_percentile(seen, times, 99),
-        "max": values.max().item(),
+        "max": values[held].max().item(),
     }

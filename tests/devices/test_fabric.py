@@ -184,6 +184,59 @@ def test_one_pair_is_fifo_and_never_faster_than_its_bandwidth(
     assert finish[-1] - now_ns - 4980 >= math.floor(sum(sizes) / 25) - len(sizes)
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=25),
+    earlier=transfers,
+    num_bytes=st.integers(0, 10**7),
+    op=st.sampled_from(["read", "write"]),
+    slow=st.none() | st.integers(0, 5),
+    down=st.none() | st.integers(0, 5),
+)
+def test_transfers_reserved_together_are_those_reserved_one_by_one(
+    supernode: SupernodeSpec,
+    pairs: list[tuple[int, int]],
+    earlier: list[Transfer],
+    num_bytes: int,
+    op: Op,
+    slow: int | None,
+    down: int | None,
+) -> None:
+    """The last arrival and all ports; where a link is down or there is no path, the same error after the same part."""
+
+    def run(together: bool) -> tuple[object, object]:
+        fabric, _ = reserve_all(supernode, earlier)
+        ends = [fabric.die(0), fabric.die(0, 1), fabric.die(5), fabric.die(9), fabric.host(0), fabric.host(30)]
+        if slow is not None:
+            fabric.slow_link("ub", ends[slow], slowdown=2.5)
+        if down is not None:
+            fabric.fail_link("ub", ends[down])
+        result: object = 70
+        try:
+            if together:
+                sources, targets = [ends[src] for src, _ in pairs], [ends[dst] for _, dst in pairs]
+                result = fabric.reserve_all("ub", sources, targets, num_bytes=num_bytes, now_ns=70, op=op)
+            else:
+                arrivals = [
+                    fabric.reserve("ub", ends[src], ends[dst], num_bytes=num_bytes, now_ns=70, op=op)
+                    for src, dst in pairs
+                ]
+                result = max(arrivals, default=70)
+        except LinkDown as error:
+            result = str(error)
+        fabric.check_invariants()
+        plane = fabric._planes["ub"]
+        ports = [(key, p.busy_ns, p.busy_until_ns) for key, p in [*plane.out_ports.items(), *plane.in_ports.items()]]
+        return result, (sorted(port for port in ports if port[1]), fabric.stats("ub"))
+
+    assert run(together=True) == run(together=False)
+
+
+def test_sources_and_targets_come_in_pairs(fabric: Fabric) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        fabric.reserve_all("ub", [fabric.host(0)], [], num_bytes=1, now_ns=0, op="read")
+
+
 def test_two_fabrics_agree(supernode: SupernodeSpec) -> None:
     items: list[Transfer] = [(i % 6, (i * 7 + 1) % 6, i * 1234 % 99_991, "read") for i in range(200)]
     assert reserve_all(supernode, items)[1] == reserve_all(supernode, items)[1]

@@ -1,5 +1,6 @@
 """Block hashes: equal everywhere, chained, salted."""
 
+import hashlib
 import subprocess
 import sys
 
@@ -11,14 +12,14 @@ from serving.core.errors import IllegalCall
 
 
 def test_hashes_are_the_same_in_every_process():
-    expected = [block_hash.hex() for block_hash in hash_prompt([1, 2, 3, 4, 5], block_size=2, salt="tenant")]
+    expected = list(hash_prompt([1, 2, 3, 4, 5], block_size=2, salt="tenant"))
     code = (
         "from serving.core.block_hash import hash_prompt;"
-        "print([h.hex() for h in hash_prompt([1, 2, 3, 4, 5], block_size=2, salt='tenant')])"
+        "print(list(hash_prompt([1, 2, 3, 4, 5], block_size=2, salt='tenant')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == str(expected)
-    assert all(len(bytes.fromhex(text)) == HASH_NUM_BYTES for text in expected)
+    assert all(2**64 < block_hash < 256**HASH_NUM_BYTES for block_hash in expected)
 
 
 def test_only_full_blocks_have_a_hash():
@@ -46,13 +47,23 @@ def test_a_salt_separates_prompts_from_the_first_block_on():
 
 def test_parts_cannot_be_confused_with_each_other():
     parent = hash_block(None, [1])
-    as_bytes = [
+    as_bytes = parent.to_bytes(HASH_NUM_BYTES, "little")
+    hashes = [
         hash_block(parent, [2]),
-        hash_block(None, [2], extra=parent),
-        hash_block(None, [*np.frombuffer(parent, "<i8").tolist(), 2]),
+        hash_block(None, [2], extra=as_bytes),
+        hash_block(None, [*np.frombuffer(as_bytes, "<i8").tolist(), 2]),
         hash_block(None, [2]),
     ]
-    assert len(set(as_bytes)) == 4
+    assert len(set(hashes)) == 4
+
+
+def test_the_hash_is_blake2b_of_lengths_and_parts_as_a_little_endian_integer():
+    tokens = (5).to_bytes(8, "little") + (6).to_bytes(8, "little")
+    first = hashlib.blake2b(bytes(4) + (1).to_bytes(4, "little") + b"x" + tokens, digest_size=16, person=b"kv-block")
+    assert hash_prompt([5, 6, 5, 6], 2, salt="x")[0] == int.from_bytes(first.digest(), "little")
+    head = (16).to_bytes(4, "little") + first.digest() + bytes(4)
+    second = hashlib.blake2b(head + tokens, digest_size=16, person=b"kv-block")
+    assert hash_prompt([5, 6, 5, 6], 2, salt="x")[1] == int.from_bytes(second.digest(), "little")
 
 
 def test_a_block_has_a_token_at_least():

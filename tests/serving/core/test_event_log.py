@@ -4,9 +4,11 @@ import hashlib
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from serving.core.errors import IllegalCall
-from serving.core.event_log import Event, EventLog
+from serving.core.event_log import Event, EventLog, NullLog
 
 
 def filled(*events):
@@ -17,10 +19,11 @@ def filled(*events):
     return log
 
 
-def test_the_digest_is_that_of_the_events_written_out():
+def test_the_digest_is_the_sum_of_the_hashes_of_the_events_written_out():
     log = filled((5, "place", "r0", {"rank": 3, "decode": "decode-0"}), (5, "step", "prefill-0", {}))
-    text = "(5, 'place', 'r0', (('decode', 'decode-0'), ('rank', 3)))\n(5, 'step', 'prefill-0', ())\n"
-    assert log.digest() == hashlib.sha256(text.encode()).hexdigest()
+    texts = ["(5, 'place', 'r0', (('decode', 'decode-0'), ('rank', 3)))", "(5, 'step', 'prefill-0', ())"]
+    hashes = [int.from_bytes(hashlib.sha256(text.encode()).digest(), "little") for text in texts]
+    assert log.digest() == f"{sum(hashes) % 2**256:064x}"
     assert log.events == [
         Event(5, "place", "r0", (("decode", "decode-0"), ("rank", 3))),
         Event(5, "step", "prefill-0", ()),
@@ -46,7 +49,8 @@ def test_numpy_integers_count_as_integers_and_the_order_of_details_does_not_matt
     "other",
     [
         [(2, "a", "x", {}), (2, "b", "y", {})],
-        [(1, "b", "y", {}), (1, "a", "x", {})],
+        [(1, "b", "x", {}), (1, "a", "y", {})],
+        [(1, "a", "x", {}), (1, "a", "x", {}), (1, "b", "y", {})],
         [(1, "a", "x", {})],
         [(1, "a", "x", {}), (1, "b", "z", {})],
         [(1, "a", "x", {"n": 1}), (1, "b", "y", {})],
@@ -59,6 +63,31 @@ def test_another_history_has_another_digest(other):
 
 def test_an_integer_is_not_the_string_that_prints_like_it():
     assert filled((1, "a", "x", {"n": 1})).digest() != filled((1, "a", "x", {"n": "1"})).digest()
+
+
+def test_no_events_have_a_digest_too():
+    assert EventLog().digest() == "0" * 64
+
+
+@given(
+    order=st.permutations(range(6)), instants=st.lists(st.integers(0, 2), min_size=6, max_size=6), again=st.booleans()
+)
+def test_the_order_of_the_calls_does_not_matter_but_their_number_does(order, instants, again):
+    events = [(instants[i], "step", f"r{i % 4}", {"n": i // 2}) for i in range(6)]
+    shuffled = [events[i] for i in order]
+    assert filled(*events).digest() == filled(*shuffled).digest()
+    assert filled(*events).digest() != filled(*shuffled[1:], *shuffled[:again] * 2).digest()
+    assert [event.subject for event in filled(*shuffled).events] == [subject for _, _, subject, _ in shuffled]
+
+
+def test_a_null_log_notes_nothing_and_has_no_digest():
+    log = NullLog()
+    log.append(1, "a", "x", n=1)
+    log.append(1, "a", "x", n=1.5)
+    assert (log.events, log.num_events) == ([], 0)
+    log.check_invariants()
+    with pytest.raises(IllegalCall, match="no event was noted"):
+        log.digest()
 
 
 @pytest.mark.parametrize("value", [1.5, None, (1,), np.float64(2)])

@@ -2,13 +2,19 @@
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 
 from serving.errors import ConfigError
-from serving.workloads.traces import TraceError, TraceOptions, load_azure, load_mooncake, load_trace
+from serving.workloads.azure import load_azure
+from serving.workloads.mooncake import load_mooncake
+from serving.workloads.servegen import load_servegen
+from serving.workloads.traces import TraceError, TraceOptions, load_trace
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the folder of public traces is not beside the project")
@@ -114,6 +120,11 @@ def test_a_compressed_trace_reads_like_a_plain_one(tmp_path):
         (mooncake_line(timestamp=9, hash_ids=[0]), "hash_ids", "1 ids, input_length 700 has 2 blocks of 512"),
         (mooncake_line(timestamp=9, hash_ids=[0, -1]), "hash_ids", "-1 is below the limit 0"),
         (mooncake_line(timestamp=9, hash_ids=[0, "x"]), "hash_ids", "'x' is not an integer"),
+        (mooncake_line(timestamp=9, hash_ids=[0, True]), "hash_ids", "True is not an integer"),
+        (mooncake_line(timestamp=9, hash_ids=[0, 2**80]), "hash_ids", "is above the limit"),
+        (mooncake_line(timestamp=9).replace("[0, 1]", "7"), "hash_ids", "7 is not a list"),
+        (mooncake_line(output_length=10**30), "output_length", "is above the limit"),
+        (mooncake_line(timestamp=1e300), "timestamp", "1e+300 is above the limit 1e12"),
     ],
 )
 def test_a_bad_line_is_named_by_file_line_and_field(tmp_path, line, field, message):
@@ -141,7 +152,7 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(TraceError, match="no such file"):
         load_trace(tmp_path / "missing.csv")
     with pytest.raises(TraceError, match="unknown format"):
-        load_trace(tmp_path / "trace.parquet")
+        load_trace(tmp_path / "trace.orc")
     with pytest.raises(TraceError, match="cannot be read"):
         load_trace(tmp_path.joinpath("folder.csv").mkdir() or tmp_path / "folder.csv")
 
@@ -211,6 +222,68 @@ def test_a_bad_azure_line_is_named_by_file_line_and_field(tmp_path, header, line
     assert message in str(caught.value)
 
 
+# Samples of ServeGen
+
+
+def write_parquet(path, **changes):
+    columns = {"t_s": [0.5, 0.5, 2.0], "client": [1, 2, 1], "input_tokens": [7, 8, 9], "output_tokens": [3, 0, 5]}
+    columns = {name: values for name, values in (columns | changes).items() if values is not None}
+    parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_a_sample_of_servegen_has_its_times_and_lengths(tmp_path):
+    workload = load_trace(write_parquet(tmp_path / "t.parquet"), TraceOptions(length_divisor=2))
+    assert [(r.request_id, r.arrival_ns, r.num_prompt_tokens, r.max_tokens) for r in workload.requests] == [
+        ("servegen-0", 0, 4, 2),
+        ("servegen-1", 0, 4, 1),
+        ("servegen-2", 1_500_000_000, 5, 3),
+    ]
+    first, second = (workload.prompt_token_ids(workload.requests[i]).tolist() for i in range(2))
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("changes", "row", "field", "message"),
+    [
+        ({"output_tokens": None}, None, "output_tokens", "missing column; the columns are t_s, client, input_tokens"),
+        ({"input_tokens": [1, -2, 3]}, 1, "input_tokens", "-2 is below the limit 1"),
+        ({"output_tokens": [1, 2, -1]}, 2, "output_tokens", "-1 is below the limit 0"),
+        ({"input_tokens": [1.0, 2.0, 2.5]}, 2, "input_tokens", "2.5 is not an integer"),
+        ({"input_tokens": [1, None, 3]}, 1, "input_tokens", "no value"),
+        ({"t_s": [0.0, float("nan"), 1.0]}, 1, "t_s", "nan is not a number"),
+        ({"t_s": [0.0, 2.0, 1.0]}, 2, "t_s", "1.0 is earlier than that of the request before it"),
+        ({"t_s": [-1.0, 2.0, 3.0]}, 0, "t_s", "-1.0 is below the limit 0"),
+        ({"t_s": ["a", "b", "c"]}, None, "t_s", "a column of type string, not of numbers"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_row_and_field(tmp_path, changes, row, field, message):
+    path = write_parquet(tmp_path / "bad.parquet", **changes)
+    with pytest.raises(TraceError) as caught:
+        load_servegen(path)
+    assert (caught.value.line, caught.value.field) == (row, field)
+    assert str(caught.value) == f"{path}: {'' if row is None else f'row {row}: '}{field}: {message}"
+
+
+def test_damaged_tables_are_named(tmp_path):
+    whole = write_parquet(tmp_path / "t.parquet")
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes(whole.read_bytes()[:-40])
+    with pytest.raises(TraceError, match=r"cut.parquet: cannot be read as parquet \(truncated\?\)"):
+        load_trace(cut)
+    with pytest.raises(TraceError, match="no such file"):
+        load_trace(tmp_path / "missing.parquet")
+    empty = write_parquet(tmp_path / "empty.parquet", t_s=[], client=None, input_tokens=[], output_tokens=[])
+    with pytest.raises(TraceError, match=r"a column of type null|holds no request"):
+        load_trace(empty)
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"needs pyarrow: pip install 'supernode-infer\[tables\]'"):
+        load_trace(tmp_path / "t.parquet")
+
+
 # The public traces themselves
 
 
@@ -226,6 +299,13 @@ def test_the_mooncake_trace_scales_down_with_its_hash_structure():
     assert gaps.mean() / 1e9 == pytest.approx(1 / 3.4, rel=0.01)
     # Spread out, arrivals inside a step are those of a Poisson process; in steps the variation is above 5.
     assert gaps.std() / gaps.mean() == pytest.approx(1.0, abs=0.1)
+
+
+@needs_data
+def test_the_sample_of_servegen_has_the_published_shape():
+    workload = load_trace(DATA / "servegen_r1_sample_1h_8rps.parquet")
+    assert len(workload) == 28_724
+    assert len(workload) / (workload.arrival_ns[-1] / 1e9) == pytest.approx(8, rel=0.01)
 
 
 @needs_data
