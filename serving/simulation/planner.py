@@ -125,20 +125,21 @@ class Planner:
         plan.chosen = max(plan.held, key=lambda trial: trial.rate, default=None)
         return plan
 
-    def _split(self, prefill: int, decode: int) -> Split:
+    def split(self, prefill: int, decode: int) -> Split:
+        """So many instances of each role."""
         return Split(prefill=prefill, decode=decode, num_npus=prefill * self._npus[0] + decode * self._npus[1])
 
     def _maximal_splits(self, num_npus: int) -> list[Split]:
         """Splits to which no instance can be added."""
         limit = min(num_npus, self.base.hardware.num_npus)
-        smallest = self._split(1, 1)
+        smallest = self.split(1, 1)
         if smallest.num_npus > limit:
             raise ConfigError(
                 f"--npus: {num_npus}, but one prefill and one decode instance of {self._preset} take "
                 f"{smallest.num_npus}, and {self.base.hardware.name} has {self.base.hardware.num_npus}"
             )
         rows = [
-            self._split((limit - decode * self._npus[1]) // self._npus[0], decode)
+            self.split((limit - decode * self._npus[1]) // self._npus[0], decode)
             for decode in range(1, (limit - self._npus[0]) // self._npus[1] + 1)
         ]
         return [one for one, after in pairwise(rows) if one.prefill > after.prefill] + rows[-1:]
@@ -153,7 +154,7 @@ class Planner:
         low, high, found = 0, most + 1, False  # low fails, high holds or is too many
         number = min(guess, most)
         while high - low > 1:
-            trial, more_may_help = self._holds(plan, self._split(number, decode), rate)
+            trial, more_may_help = self._holds(plan, self.split(number, decode), rate)
             if trial.holds:
                 high, found = number, True
             elif not more_may_help:
@@ -194,7 +195,7 @@ class Planner:
         tried: list[Trial] = []
         decode_caps, prefill_caps = list(self._decode_caps), list(self._prefill_caps)
         while decode_caps and prefill_caps:
-            tried.append(self._try(split, Caps(decode=decode_caps[0], prefill=prefill_caps[0]), rate))
+            tried.append(self.trial(split, Caps(decode=decode_caps[0], prefill=prefill_caps[0]), rate))
             last = tried[-1].attained
             if last is None or last.holds or not last.is_stable or last.num_lost:
                 break
@@ -212,7 +213,8 @@ class Planner:
         runs = [trial.attained for trial in tried if trial.attained is not None]
         return best, any(not run.keeps_up and not run.is_decode_bound for run in runs)
 
-    def _try(self, split: Split, caps: Caps, rate: float) -> Trial:
+    def trial(self, split: Split, caps: Caps, rate: float) -> Trial:
+        """Simulate, unless it was done before."""
         known = self.trials.get((split, caps, rate))
         if known is not None:
             return known

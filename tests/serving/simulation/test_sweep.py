@@ -203,8 +203,9 @@ def test_an_interrupt_keeps_what_is_done(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     out = tmp_path / "f.parquet"
-    with pytest.raises(KeyboardInterrupt), RowStore(out) as store:
-        run = Sweep(store, run=interrupted)
+    store = RowStore(out)
+    run = Sweep(store, run=interrupted)
+    with pytest.raises(KeyboardInterrupt), store:
         run.grid(BASE, [parse_axis("seed=1,2")])
     assert [row["seed"] for row in run.result.rows] == [row["seed"] for row in read_rows(out)] == [1]
 
