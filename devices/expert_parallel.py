@@ -19,6 +19,7 @@ longer; combine by the die that has most to send back, which is the hottest: n' 
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -26,6 +27,8 @@ from devices.deployment import ExpertDeployment
 from devices.spec import SupernodeSpec
 from model import work
 from model.config import ModelConfig
+
+REMEMBERED = 4096  # pairs of numbers of tokens, the latest used
 
 
 class ExpertParallel:
@@ -43,7 +46,7 @@ class ExpertParallel:
         self._combine_bytes = work.combine_message_bytes(config)
         dispatched_shared = config.n_shared_experts if deployment.is_shared_dispatched else 0
         self._copies_per_token = config.num_experts_per_tok + dispatched_shared
-        self._deployment, self._top_k = deployment, config.num_experts_per_tok
+        self._top_k = config.num_experts_per_tok
         self._shared_copies_per_token = 0.0  # on a die of the shared expert
         if deployment.is_shared_dispatched:
             self._shared_copies_per_token = dispatched_shared * ep / deployment.num_shared_slots
@@ -65,6 +68,8 @@ class ExpertParallel:
         at = math.log2(ep), np.log2(bulk.ep)
         self._bulk_dispatch_bytes_per_s = plane.die_port_bytes_per_s * float(np.interp(*at, bulk.dispatch_utilization))
         self._bulk_combine_bytes_per_s = plane.die_port_bytes_per_s * float(np.interp(*at, bulk.combine_utilization))
+        self._routed_copies = lru_cache(REMEMBERED)(deployment.hottest_copies)
+        self._paces = lru_cache(REMEMBERED)(self._paces_of)
 
     def num_copies(self, tokens: float) -> float:
         """Copies that a die sends for `tokens`: one for each chosen expert, and one to a dispatched shared expert."""
@@ -72,27 +77,23 @@ class ExpertParallel:
 
     def hottest_copies(self, mean_tokens: float) -> float:
         """Copies that reach the hottest die when a die sends for `mean_tokens` on average."""
-        routed = self._deployment.hottest_copies(mean_tokens, self._top_k)
+        routed = self._routed_copies(mean_tokens, self._top_k)
         return max(routed, mean_tokens * self._shared_copies_per_token)
 
     def dispatch(self, tokens: float, *, aiv: int, mean_tokens: float | None = None) -> float:
         """Fused dispatch by `aiv` vector cores: `tokens` of the die that has most, and the mean (None: all alike)."""
         if self._ep == 1:
             return 0.0
-        hottest = self.hottest_copies(tokens if mean_tokens is None else mean_tokens)
-        send_s = self._write_s(self.num_copies(tokens), self._dispatch_bytes, aiv)
-        receive_s = hottest * self._far_share * self._dispatch_bytes / self._port_bytes_per_s
+        dispatch, _ = self._paces(tokens, tokens if mean_tokens is None else mean_tokens)
         flags_s = self._ep / aiv * self._latency_s
-        return max(send_s, receive_s) + self._dispatch_fixed_s + flags_s
+        return self._driven_s(dispatch, aiv) + self._dispatch_fixed_s + flags_s
 
     def combine(self, tokens: float, *, aiv: int, mean_tokens: float | None = None) -> float:
         """Fused combine, the same way: the die that had most tokens has most to receive."""
         if self._ep == 1:
             return 0.0
-        hottest = self.hottest_copies(tokens if mean_tokens is None else mean_tokens)
-        send_s = self._write_s(hottest, self._combine_bytes, aiv)
-        receive_s = self.num_copies(tokens) * self._far_share * self._combine_bytes / self._port_bytes_per_s
-        return max(send_s, receive_s) + self._launch_s + self._latency_s
+        _, combine = self._paces(tokens, tokens if mean_tokens is None else mean_tokens)
+        return self._driven_s(combine, aiv) + self._launch_s + self._latency_s
 
     def bulk_dispatch(self, tokens: float, *, mean_tokens: float | None = None) -> float:
         """Large all-to-all of prefill: at the measured rate, or as fast as the hottest die can take it."""
@@ -102,11 +103,25 @@ class ExpertParallel:
         """And back."""
         return self._bulk(tokens, mean_tokens, self._combine_bytes, self._bulk_combine_bytes_per_s)
 
-    def _write_s(self, copies: float, message_bytes: int, aiv: int) -> float:
+    def _paces_of(self, tokens: float, mean_tokens: float) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Seconds to send, with all cores driving, and to receive: of dispatch, and of combine."""
+        copies, hottest = self.num_copies(tokens), self.hottest_copies(mean_tokens)
+        receive_dispatch_s = hottest * self._far_share * self._dispatch_bytes / self._port_bytes_per_s
+        receive_combine_s = copies * self._far_share * self._combine_bytes / self._port_bytes_per_s
+        return (
+            (self._write_s(copies, self._dispatch_bytes), receive_dispatch_s),
+            (self._write_s(hottest, self._combine_bytes), receive_combine_s),
+        )
+
+    def _driven_s(self, pace: tuple[float, float], aiv: int) -> float:
+        send_s, receive_s = pace
         drive = 1 - math.exp(-math.log(20) * aiv / self._aiv_for_95_percent)
+        return max(send_s / drive, receive_s)
+
+    def _write_s(self, copies: float, message_bytes: int) -> float:
         far_s = copies * self._far_share * (message_bytes / self._write_bytes_per_s + self._far_copy_s)
         near_s = copies * self._near_share * (message_bytes / self._near_bytes_per_s + self._near_copy_s)
-        return max(far_s, near_s) / drive
+        return max(far_s, near_s)
 
     def _bulk(self, tokens: float, mean_tokens: float | None, message_bytes: int, bytes_per_s: float) -> float:
         if self._ep == 1:

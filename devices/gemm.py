@@ -14,11 +14,45 @@ multiples of 16 columns, so that more cores get a tile), a product takes the wid
 """
 
 import math
+from functools import lru_cache
+from typing import TypeAlias
 
 from devices.rates import BF16_BYTES, INT8_BYTES
 from devices.spec import SupernodeSpec
 
 ROW_STEP = 16  # rows of the cube unit's smallest fractal (Ascend: 16 x 16)
+
+
+Widths: TypeAlias = tuple[tuple[int, float], ...]  # for every width of a tile: columns of tiles, seconds of a full one
+
+
+class Product:
+    """Matrix products of one shape: what they take on any number of cube cores, without the launch."""
+
+    __slots__ = ("_groups", "_low", "_m_varies", "_memory_s", "_row_tiles", "_widths")
+
+    def __init__(self, widths: Widths, groups: float, row_tiles: float, memory_s: float, m_varies: bool) -> None:
+        self._widths, self._groups, self._row_tiles, self._memory_s = widths, groups, row_tiles, memory_s
+        self._low = row_tiles if row_tiles < 1.0 else 1.0  # a low tile counts for its share
+        self._m_varies = m_varies
+
+    def seconds(self, aic: int) -> float:
+        """On `aic` cube cores."""
+        low, row_tiles, tiles = self._low, self._row_tiles, self._groups * self._row_tiles
+        fastest = math.inf
+        for columns, tile_s in self._widths:
+            tiles_per_core = tiles * columns / aic
+            if self._m_varies:
+                waves = tiles_per_core + low / 2
+                waves = waves if waves > row_tiles else row_tiles
+            else:
+                waves = math.ceil(tiles_per_core / low) * low
+            seconds = waves * tile_s
+            fastest = seconds if seconds < fastest else fastest
+        return fastest if fastest > self._memory_s else self._memory_s
+
+
+NOTHING = Product(((0, 0.0),), 1.0, 1.0, 0.0, False)
 
 
 class Gemm:
@@ -27,7 +61,8 @@ class Gemm:
     def __init__(self, supernode: SupernodeSpec) -> None:
         die, rates, fitted = supernode.npu.die, supernode.rates, supernode.fitted
         self._tile_m = rates.gemm_tile_m
-        self._widths = range(rates.gemm_tile_n, 0, -rates.gemm_tile_n_step)
+        self._tile_widths = range(rates.gemm_tile_n, 0, -rates.gemm_tile_n_step)
+        self._widths = lru_cache(maxsize=64)(self._widths_of)
         self._full_width = rates.gemm_tile_n
         flops_per_tile = 2.0 * self._tile_m * rates.gemm_tile_n
         per_core = fitted.gemm_utilization / die.num_aic
@@ -37,48 +72,39 @@ class Gemm:
         self._hbm_bytes_per_s = die.hbm_bytes_per_s * rates.memory_utilization
         self._launch_s = rates.launch_s
 
-    def seconds(
+    def product(
         self,
         m: float,
         n: int,
         k: int,
         *,
-        aic: int,
         groups: float = 1.0,
         bf16: bool = False,
         out_bytes: float = 2.0,
         m_varies: bool = False,
-    ) -> float:
-        """`groups` products of m x k by k x n, without the launch; none of them, no time.
+    ) -> Product:
+        """`groups` products of m x k by k x n; none of them, no time.
 
         INT8 inputs unless `bf16`; `out_bytes` per element of the result. With `m_varies`, `m` is the mean of numbers
         that differ from layer to layer: half a step of rows and half a wave are left over on average.
         """
         if m <= 0 or groups <= 0:
-            return 0.0
+            return NOTHING
         width = BF16_BYTES if bf16 else INT8_BYTES
         memory_s = groups * (width * k * (m + n) + out_bytes * m * n) / self._hbm_bytes_per_s
-        compute_s = self._compute_s(m, n, k, aic=aic, groups=groups, bf16=bf16, m_varies=m_varies)
-        return compute_s if compute_s > memory_s else memory_s
+        row_tiles = self._mean_row_tiles(m) if m_varies else self._row_tiles(m)
+        return Product(self._widths(n, k, bf16), groups, row_tiles, memory_s, m_varies)
 
     def launched(self, m: float, n: int, k: int, *, aic: int, groups: float = 1.0, bf16: bool = False) -> float:
-        """The same as one operator: with its launch."""
-        return self.seconds(m, n, k, aic=aic, groups=groups, bf16=bf16) + self._launch_s
+        """The same on `aic` cube cores as one operator: with its launch."""
+        return self.product(m, n, k, groups=groups, bf16=bf16).seconds(aic) + self._launch_s
 
-    def _compute_s(self, m: float, n: int, k: int, *, aic: int, groups: float, bf16: bool, m_varies: bool) -> float:
-        row_tiles = self._mean_row_tiles(m) if m_varies else self._row_tiles(m)
-        low = min(1.0, row_tiles)  # a low tile counts for its share
+    def _widths_of(self, n: int, k: int, bf16: bool) -> Widths:
         full_tile_s = k * (self._bf16_s_per_k if bf16 else self._int8_s_per_k)
-        fastest = math.inf
-        for width in self._widths:
-            tiles_per_core = groups * row_tiles * math.ceil(n / width) / aic
-            if m_varies:
-                waves = max(tiles_per_core + low / 2, row_tiles)
-            else:
-                waves = math.ceil(tiles_per_core / low) * low
-            seconds = waves * (full_tile_s * (width / self._full_width) + self._tile_s)
-            fastest = seconds if seconds < fastest else fastest
-        return fastest
+        return tuple(
+            (math.ceil(n / width), full_tile_s * (width / self._full_width) + self._tile_s)
+            for width in self._tile_widths
+        )
 
     def _row_tiles(self, m: float) -> float:
         """Full tiles of `m` rows, or the share of one that a lower tile is."""

@@ -12,7 +12,8 @@ mixture of experts, all-to-alls included, on the other:
     MoE stream            | M0 | M1 | M0 | M1 | ...       and min(A, M) is left over once, as ramp
 
 The split of the cores is the one that makes the longer stream shortest, as the paper tunes it per workload. A falls
-with the attention stream's cores and M rises, so it is found by bisection.
+with the attention stream's cores and M rises: they cross once, and the search may start at the split of the step
+before, which is nearly always the same.
 
 Decode that shares communication (`decode_overlap: communication`): all cores compute, C for one microbatch, while the
 NIC moves the other's copies, N, without a core's help. A layer takes 2 * max(C, N): cores are busy for 2 C, the NIC for
@@ -27,56 +28,65 @@ layer is the plain sum of its operators, each on all cores.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
+from functools import lru_cache
+from typing import Literal, TypeAlias
 
 from devices.deployment import ExpertDeployment
 from devices.expert_parallel import ExpertParallel
-from devices.operators import Operators, Parts, PerRank
+from devices.operators import REMEMBERED, Operators, Parts, PerRank
 from devices.rates import Cores
 from devices.spec import SupernodeSpec
-from devices.step_work import IntArray, StepWork
+from devices.step_load import StepLoad
 
 Role = Literal["prefill", "decode", "colocated"]
-FEW_RANKS = 16  # up to which a loop over ranks costs less than arrays
+Split: TypeAlias = tuple[float, float, Parts, Parts]  # seconds of the attention and the MoE stream, and their operators
 
 
 @dataclass(slots=True)
 class Layer:
     """What a layer adds to a step, what is left over once per step, what keeps which stream busy."""
 
-    exposed: Parts
-    ramp_s: float
-    streams: Mapping[str, Parts]
+    streams: Mapping[str, Parts]  # one microbatch
+    exposed: tuple[str, ...]  # the streams that others do not hide
+    exposed_s: float  # of all microbatches
+    ramp_s: float = 0.0
     num_microbatches: int = 1
     attention_aic: int | None = None
 
+    def exposed_parts(self, times: int) -> Parts:
+        """`stream.operator` to seconds that so many such layers add to a step."""
+        factor = times * self.num_microbatches
+        return {
+            f"{stream}.{name}": seconds * factor
+            for stream in self.exposed
+            for name, seconds in self.streams[stream].items()
+        }
+
+    def busy_parts(self) -> dict[str, Parts]:
+        """What every stream does in one layer, all microbatches added up."""
+        return {
+            stream: {name: seconds * self.num_microbatches for name, seconds in parts.items()}
+            for stream, parts in self.streams.items()
+        }
+
 
 class Load:
-    """Work of one step as the operators want it."""
+    """What one batch or microbatch asks of a layer."""
 
     __slots__ = ("context", "kv", "max_tokens", "mean_tokens")
 
-    def __init__(self, work: StepWork, *, is_split: bool) -> None:
-        """`is_split`: attention's heads are, so that context and KV are the same on every die."""
-        self.mean_tokens = mean(work.num_tokens)
-        self.max_tokens = float(work.num_tokens.max())
-        self.context: PerRank
-        self.kv: PerRank
-        if is_split:
-            self.context, self.kv = [mean(work.num_context_tokens)], [mean(work.num_kv_tokens)]
-        elif work.num_ranks <= FEW_RANKS:
-            self.context, self.kv = work.num_context_tokens.tolist(), work.num_kv_tokens.tolist()
-        else:
-            self.context, self.kv = work.num_context_tokens.astype(np.float64), work.num_kv_tokens.astype(np.float64)
+    def __init__(self, max_tokens: float, mean_tokens: float, context: PerRank, kv: PerRank) -> None:
+        self.max_tokens, self.mean_tokens, self.context, self.kv = max_tokens, mean_tokens, context, kv
 
-    def halved(self) -> "Load":
+    @classmethod
+    def whole(cls, load: StepLoad) -> "Load":
+        return cls(float(load.max_tokens), load.mean_tokens, load.context, load.kv)
+
+    @classmethod
+    def half(cls, load: StepLoad) -> "Load":
         """One of two microbatches; a batch of one token counts as two halves."""
-        half = object.__new__(Load)
-        half.mean_tokens, half.max_tokens = self.mean_tokens / 2, self.max_tokens / 2
-        half.context, half.kv = _half(self.context), _half(self.kv)
-        return half
+        context, kv = [value / 2 for value in load.context], [value / 2 for value in load.kv]
+        return cls(load.max_tokens / 2, load.mean_tokens / 2, context, kv)
 
 
 class LayerModel:
@@ -101,140 +111,144 @@ class LayerModel:
         self._operators, self._experts, self._deployment = operators, experts, deployment
         self._role, self._attention_aic, self._overlap = role, attention_aic, rates.decode_overlap
         self._die = Cores(aic=die.num_aic, aiv=die.num_aiv)
+        self._first_aic = max(1, die.num_aic // 2)  # where the search for a split starts
+        # Cores of the other stream, by cube cores of the attention stream.
+        self._moe_cores = {aic: _rest(self._die, aic) for aic in range(1, die.num_aic)}
         self._bulk_cores = rates.bulk_cores
         self._bulk_stream = "communication" if rates.bulk_cores else "sdma"
         self.is_split = role == "prefill" and rates.prefill_attention == "split"
+        self._fused_moe = lru_cache(REMEMBERED)(self._make_fused_moe)
+        self._prefill_moe = lru_cache(REMEMBERED)(self._make_prefill_moe)
 
-    def plain(self, load: Load) -> Layer:
+    def plain(self, load: StepLoad) -> Layer:
         """One batch, operator by operator."""
+        whole = Load.whole(load)
         if self._role == "prefill":
-            streams = self._prefill_streams(load, self._die)
-        else:
-            streams = {"attention": self._attention(load, self._die), "moe": self._fused_moe(load, self._die)}
-        return Layer(_named(streams), 0.0, streams)
+            streams = self._prefill_streams(whole, self._die.aic)
+            return Layer(streams, tuple(streams), total(*streams.values()))
+        attention, (moe, _) = self._attention(whole, self._die.aic), self._moe(whole, self._die)
+        return Layer({"attention": attention, "moe": moe}, ("attention", "moe"), total(attention, moe))
 
-    def overlapped(self, load: Load) -> Layer:
+    def overlapped(self, load: StepLoad) -> Layer:
         """Two microbatches."""
+        half = Load.half(load)
         if self._role == "prefill":
-            return self._prefill_layer(load)
-        return self._two_streams(load) if self._overlap == "cores" else self._all_cores(load)
+            return self._prefill_layer(half)
+        return self._two_streams(half) if self._overlap == "cores" else self._all_cores(half)
 
-    def _attention(self, load: Load, cores: Cores) -> Parts:
-        absorbed = self._operators.absorbed_attention(load.max_tokens, load.context, load.kv, aic=cores.aic)
+    def _attention(self, load: Load, aic: int) -> Parts:
+        absorbed = self._operators.absorbed_attention(load.max_tokens, load.context, load.kv, aic=aic)
         if self._role == "decode":
             return absorbed
         # Long prompt chunks are cheaper in the multi-head form; an engine picks one for a step.
-        naive = self._operators.naive_attention(load.max_tokens, load.context, load.kv, aic=cores.aic)
+        naive = self._operators.naive_attention(load.max_tokens, load.context, load.kv, aic=aic)
         return min(absorbed, naive, key=total)
 
-    def _fused_moe(self, load: Load, cores: Cores) -> Parts:
-        return {
-            "gate": self._operators.gate(load.max_tokens, aic=cores.aic),
-            "dispatch": self._experts.dispatch(load.max_tokens, aiv=cores.aiv, mean_tokens=load.mean_tokens),
-            "experts": self._operators.experts(load.mean_tokens, load.max_tokens, aic=cores.aic),
-            "combine": self._experts.combine(load.max_tokens, aiv=cores.aiv, mean_tokens=load.mean_tokens),
+    def _moe(self, load: Load, cores: Cores) -> tuple[Parts, float]:
+        return self._fused_moe(load.max_tokens, load.mean_tokens, cores.aic, cores.aiv)
+
+    def _make_fused_moe(self, max_tokens: float, mean_tokens: float, aic: int, aiv: int) -> tuple[Parts, float]:
+        """Mixture and its all-to-alls, and their total."""
+        parts = {
+            "gate": self._operators.gate(max_tokens, aic=aic),
+            "dispatch": self._experts.dispatch(max_tokens, aiv=aiv, mean_tokens=mean_tokens),
+            "experts": self._operators.experts(mean_tokens, max_tokens, aic=aic),
+            "combine": self._experts.combine(max_tokens, aiv=aiv, mean_tokens=mean_tokens),
         }
+        return parts, total(parts)
 
-    def _two_streams(self, load: Load) -> Layer:
+    def _two_streams(self, half: Load) -> Layer:
         """Cores split so that the longer stream is shortest."""
-        half = load.halved()
-        tried: dict[int, tuple[Parts, Parts]] = {}
+        tried: dict[int, Split] = {}
 
-        def split(attention_aic: int) -> tuple[Parts, Parts]:
+        def split(attention_aic: int) -> Split:
             if attention_aic not in tried:
-                tried[attention_aic] = self._streams(half, attention_aic)
+                attention = self._attention(half, attention_aic)
+                moe, moe_s = self._moe(half, self._moe_cores[attention_aic])
+                tried[attention_aic] = total(attention), moe_s, attention, moe
             return tried[attention_aic]
 
         if self._attention_aic is not None:
             aic = self._attention_aic
         else:
-            low, high = 1, self._die.aic - 1  # the first split in [low, high] whose attention is not the longer stream
-            while low < high:
-                middle = (low + high) // 2
-                attention, moe = split(middle)
-                low, high = (low, middle) if total(attention) <= total(moe) else (middle + 1, high)
-            aic = min((max(1, low - 1), low), key=lambda cores: max(map(total, split(cores))))
-        attention, moe = split(aic)
-        streams = {"attention": _doubled(attention), "moe": _doubled(moe)}
-        longer, shorter = ("attention", "moe") if total(attention) >= total(moe) else ("moe", "attention")
-        return Layer(_named({longer: streams[longer]}), total(streams[shorter]) / 2, streams, 2, aic)
+            # The first split whose attention is not the longer stream, or the last of all.
+            first = self._first_aic
+            while first < self._die.aic - 1 and split(first)[0] > split(first)[1]:
+                first += 1
+            while first > 1 and split(first - 1)[0] <= split(first - 1)[1]:
+                first -= 1
+            self._first_aic = first
+            aic = first
+            if first > 1 and max(split(first - 1)[:2]) <= max(split(first)[:2]):
+                aic = first - 1
+        attention_s, moe_s, attention, moe = split(aic)
+        longer, longer_s, shorter_s = "attention", attention_s, moe_s
+        if attention_s < moe_s:
+            longer, longer_s, shorter_s = "moe", moe_s, attention_s
+        return Layer({"attention": attention, "moe": moe}, (longer,), longer_s * 2, shorter_s, 2, aic)
 
-    def _streams(self, half: Load, attention_aic: int) -> tuple[Parts, Parts]:
-        """Both halves of a layer for one microbatch, vector cores in proportion to cube cores."""
-        die = self._die
-        aiv = min(max(1, round(die.aiv * attention_aic / die.aic)), die.aiv - 1)
-        attention = self._attention(half, Cores(aic=attention_aic, aiv=aiv))
-        return attention, self._fused_moe(half, Cores(aic=die.aic - attention_aic, aiv=die.aiv - aiv))
-
-    def _all_cores(self, load: Load) -> Layer:
+    def _all_cores(self, half: Load) -> Layer:
         """Copies of one microbatch travel while the other computes."""
-        half = load.halved()
-        moe = _doubled(self._fused_moe(half, self._die))
-        communication = {name: moe.pop(name) for name in ("dispatch", "combine")}
-        return _hidden(
-            {"attention": _doubled(self._attention(half, self._die)), "moe": moe, "communication": communication},
-            "communication",
-        )
+        parts, _ = self._moe(half, self._die)
+        communication = {name: parts[name] for name in ("dispatch", "combine")}
+        moe = {name: seconds for name, seconds in parts.items() if name not in communication}
+        attention = self._attention(half, self._die.aic)
+        return _hidden({"attention": attention, "moe": moe, "communication": communication}, "communication")
 
-    def _prefill_layer(self, load: Load) -> Layer:
+    def _prefill_layer(self, half: Load) -> Layer:
         """All-to-alls of one microbatch under the compute of the other."""
-        cores = Cores(aic=self._die.aic - self._bulk_cores, aiv=self._die.aiv)
-        streams = self._prefill_streams(load.halved(), cores)
-        return _hidden({name: _doubled(parts) for name, parts in streams.items()}, self._bulk_stream)
+        return _hidden(self._prefill_streams(half, self._die.aic - self._bulk_cores), self._bulk_stream)
 
-    def _prefill_streams(self, load: Load, cores: Cores) -> dict[str, Parts]:
+    def _prefill_streams(self, load: Load, aic: int) -> dict[str, Parts]:
         """Attention, mixture and all-to-alls of one batch or microbatch."""
-        operators, experts = self._operators, self._experts
         if self.is_split:
             (context,), (kv,) = load.context, load.kv
-            attention = operators.split_attention(load.max_tokens, context, kv)
+            attention = self._operators.split_attention(load.max_tokens, context, kv)
         else:
-            attention = self._attention(load, cores)
-        copies, hottest = experts.num_copies(load.max_tokens), experts.hottest_copies(load.mean_tokens)
+            attention = self._attention(load, aic)
+        moe, bulk = self._prefill_moe(load.max_tokens, load.mean_tokens, aic)
+        return {"attention": attention, "moe": moe, self._bulk_stream: bulk}
+
+    def _make_prefill_moe(self, max_tokens: float, mean_tokens: float, aic: int) -> tuple[Parts, Parts]:
+        operators, experts = self._operators, self._experts
+        copies, hottest = experts.num_copies(max_tokens), experts.hottest_copies(mean_tokens)
         # Engines move blocks that vector cores laid out, copy by copy, and add up. Kernels on cores read a token where
         # it is, and add while they receive: their measured bandwidth has that work in it.
-        sent, added = (load.max_tokens, 0.0) if self._bulk_cores else (copies, copies)
+        sent, added = (max_tokens, 0.0) if self._bulk_cores else (copies, copies)
         is_parallel = self._deployment.ep > 1
         moe = {
-            "gate": operators.gate(load.max_tokens, aic=cores.aic),
+            "gate": operators.gate(max_tokens, aic=aic),
             "dispatch_compute": operators.dispatch_compute(sent, hottest) if is_parallel else 0.0,
-            "experts": operators.experts(load.mean_tokens, load.max_tokens, aic=cores.aic),
-            "expert_activations": operators.expert_activations(load.mean_tokens, load.max_tokens),
+            "experts": operators.experts(mean_tokens, max_tokens, aic=aic),
+            "expert_activations": operators.expert_activations(mean_tokens, max_tokens),
             "combine_compute": operators.combine_compute(added, hottest) if is_parallel else 0.0,
         }
         bulk = {
-            "dispatch": experts.bulk_dispatch(load.max_tokens, mean_tokens=load.mean_tokens),
-            "combine": experts.bulk_combine(load.max_tokens, mean_tokens=load.mean_tokens),
+            "dispatch": experts.bulk_dispatch(max_tokens, mean_tokens=mean_tokens),
+            "combine": experts.bulk_combine(max_tokens, mean_tokens=mean_tokens),
         }
-        return {"attention": attention, "moe": moe, self._bulk_stream: bulk}
+        return moe, bulk
 
 
-def total(parts: Parts) -> float:
-    """Seconds of all of them."""
-    return sum(parts.values())
+def total(*streams: Parts) -> float:
+    """Seconds of all operators, one after the other."""
+    seconds = 0.0
+    for parts in streams:
+        seconds = sum(parts.values(), seconds)
+    return seconds
 
 
 def _hidden(streams: Mapping[str, Parts], communication: str) -> Layer:
     """The longer of communication and all other streams together; half of the shorter is left over, as ramp."""
-    compute = {name: parts for name, parts in streams.items() if name != communication}
-    compute_s, communication_s = sum(map(total, compute.values())), total(streams[communication])
+    compute = tuple(name for name in streams if name != communication)
+    compute_s, communication_s = sum(total(streams[name]) for name in compute), total(streams[communication])
     if compute_s >= communication_s:
-        return Layer(_named(compute), communication_s / 2, streams, 2)
-    return Layer(_named({communication: streams[communication]}), compute_s / 2, streams, 2)
+        exposed_s = total(*(streams[name] for name in compute))
+        return Layer(streams, compute, exposed_s * 2, communication_s, 2)
+    return Layer(streams, (communication,), communication_s * 2, compute_s, 2)
 
 
-def mean(values: IntArray) -> float:
-    """`ndarray.mean` costs four times as much on so few ranks."""
-    return int(values.sum()) / len(values)
-
-
-def _half(values: PerRank) -> PerRank:
-    return values / 2 if isinstance(values, np.ndarray) else [value / 2 for value in values]
-
-
-def _doubled(parts: Parts) -> Parts:
-    return {name: seconds * 2 for name, seconds in parts.items()}
-
-
-def _named(streams: Mapping[str, Parts]) -> Parts:
-    return {f"{stream}.{name}": seconds for stream, parts in streams.items() for name, seconds in parts.items()}
+def _rest(die: Cores, aic: int) -> Cores:
+    """Cores that a stream with `aic` cube cores, and vector cores in proportion, leaves of a die."""
+    aiv = min(max(1, round(die.aiv * aic / die.aic)), die.aiv - 1)
+    return Cores(aic=die.aic - aic, aiv=die.aiv - aiv)

@@ -4,7 +4,8 @@ Owns: the formulas that join the model's shapes with a die's rates. Communicatio
 Must not know: how operators overlap, steps, clocks.
 Source: arXiv 2506.12708v2, sections 4.2 and 4.3, for what each operator does; its tables 8 to 10 for what they reach.
 
-Attention differs between ranks and takes arrays over them; all else takes the numbers of the rank that decides.
+Attention takes the context of every rank that may be the slowest; all else the numbers of the rank that decides.
+What depends on numbers of tokens alone is remembered: they come back step after step, while context moves on.
 Bytes of an operator are its weights, inputs and outputs, each touched once.
 
     attention    c + m - (1 - exposed) * min(c, m)    with compute c = FLOPs / rate, memory m = bytes / bandwidth
@@ -12,21 +13,20 @@ Bytes of an operator are its weights, inputs and outputs, each touched once.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
 from devices.deployment import ExpertDeployment
-from devices.gemm import Gemm
+from devices.gemm import Gemm, Product
 from devices.rates import BF16_BYTES, FP32_BYTES, INT8_BYTES
 from devices.spec import SupernodeSpec
 from model import work
 from model.config import ModelConfig
 
 Parts: TypeAlias = dict[str, float]  # operator -> seconds
-# One number per rank. On a few ranks numpy's calls cost more than a loop, so a list is taken too.
-PerRank: TypeAlias = Sequence[float] | npt.NDArray[np.float64]
+PerRank: TypeAlias = Sequence[float]  # one number for each rank that may be the slowest
+
+REMEMBERED = 4096  # results of each kind, the latest used; some hundred bytes each
 
 # Fused sampling, bytes per logit: softmax, filter and draw read each 32-bit logit once; nucleus sampling sorts them, a
 # radix sort of 4 passes that read and write key and index.
@@ -59,26 +59,26 @@ class Operators:
         self._absorbed_bytes = BF16_BYTES * heads * (config.latent_dim + config.kv_lora_rank)
         self._query_bytes = BF16_BYTES * heads * config.qk_head_dim
         self._value_bytes = BF16_BYTES * heads * config.v_head_dim
+        remember = lru_cache(REMEMBERED)
+        self._absorbed_products = remember(self._make_absorbed_products)
+        self._around_absorbed = remember(self._around_absorbed_core)
+        self._around_split = remember(self._around_split_core)
+        self._hottest_copies = remember(deployment.hottest_copies)
+        self._gate_product = remember(self._make_gate_product)
+        self._expert_products = remember(self._make_expert_products)
 
     def absorbed_attention(self, tokens: float, context: PerRank, kv: PerRank, *, aic: int) -> Parts:
         """MLA in latent space: MLAProlog, fused attention, O_proj (arXiv 2506.12708v2, section 4.2.2).
 
         `tokens` of the rank that has most; `context` and `kv` of every rank: token pairs, and cached tokens to read.
         """
-        c, f, gemm = self._config, self._flops, self._gemm.seconds
-        heads = c.num_attention_heads
-        latents = c.latent_dim + (c.q_lora_rank or 0)
-        prolog = gemm(tokens, latents, c.hidden_size, aic=aic)
-        prolog += gemm(tokens, heads * c.qk_head_dim, c.q_lora_rank or c.hidden_size, aic=aic)
-        prolog += gemm(tokens, c.kv_lora_rank, c.qk_nope_head_dim, groups=heads, aic=aic)  # W_UK, head by head
-        o_proj = gemm(tokens, c.v_head_dim, c.kv_lora_rank, groups=heads, aic=aic)  # W_UV
-        o_proj += gemm(tokens, c.hidden_size, heads * c.v_head_dim, aic=aic)
-        core = self._attention(context, kv, f.attention_absorbed_per_context_token, self._latent_bytes, aic)
+        core = self._attention(context, kv, self._flops.attention_absorbed_per_context_token, self._latent_bytes, aic)
+        prolog, o_proj, activations = self._around_absorbed(tokens, aic)
         return {
-            "mla_prolog": prolog + self._launch_s,
+            "mla_prolog": prolog,
             "attention": core + self._launch_s,
-            "o_proj": o_proj + self._launch_s,
-            "activations": self._activations(tokens * self._absorbed_bytes),
+            "o_proj": o_proj,
+            "activations": activations,
         }
 
     def naive_attention(self, tokens: float, context: PerRank, kv: PerRank, *, aic: int) -> Parts:
@@ -87,8 +87,8 @@ class Operators:
         heads = c.num_attention_heads
         most_kv = float(max(kv))
         expanded_bytes = self._query_bytes + self._value_bytes
-        prolog = gemm.seconds(tokens, c.latent_dim + (c.q_lora_rank or 0), c.hidden_size, aic=aic)
-        prolog += gemm.seconds(tokens, heads * c.qk_head_dim, c.q_lora_rank or c.hidden_size, aic=aic)
+        (down, query_up, _), _ = self._absorbed_products(tokens)
+        prolog = down.seconds(aic) + query_up.seconds(aic)
         core = self._attention(context, kv, f.attention_naive_per_context_token, expanded_bytes, aic)
         return {
             "mla_prolog": prolog + self._launch_s,
@@ -104,44 +104,36 @@ class Operators:
         Down-projections on a slice of the sequence, latents gathered, all tokens on the die's heads, outputs exchanged
         back to slices, O_proj. A die has 1/ep of the heads, and ep times the tokens in the middle.
         """
-        c, f, ep, aic = self._config, self._flops, self._deployment.ep, self._num_aic
-        gemm = self._gemm
+        c, ep, aic = self._config, self._deployment.ep, self._num_aic
         heads = c.num_attention_heads
-        up_proj = gemm.seconds(tokens * ep, _split(heads * c.qk_head_dim, ep), c.q_lora_rank or c.hidden_size, aic=aic)
-        up_proj += gemm.seconds(
-            kv * ep, _split(heads * (c.qk_nope_head_dim + c.v_head_dim), ep), c.kv_lora_rank, aic=aic
-        )
+        down_proj, query_up, head_exchange, o_proj = self._around_split(tokens)
+        key_value_columns = _split(heads * (c.qk_nope_head_dim + c.v_head_dim), ep)
+        up_proj = query_up + self._gemm.product(kv * ep, key_value_columns, c.kv_lora_rank).seconds(aic)
         query_value_bytes = self._query_bytes + self._value_bytes
-        core = self._attention([context], [kv], f.attention_naive_per_context_token, query_value_bytes, aic)
+        flops = self._flops.attention_naive_per_context_token
+        core = self._attention([context], [kv], flops, query_value_bytes, aic)
         # Queries of new tokens and the latent KV of all, the cached ones included, go to every other die.
         latent_bytes = tokens * BF16_BYTES * (c.q_lora_rank or c.hidden_size) + kv * self._latent_bytes
         return {
-            "down_proj": gemm.launched(tokens, c.latent_dim + (c.q_lora_rank or 0), c.hidden_size, aic=aic),
+            "down_proj": down_proj,
             "latent_gather": self._collective(latent_bytes * (ep - 1), self._gather_bytes_per_s),
             "up_proj": up_proj + self._launch_s,
             "attention": core + self._launch_s,
-            "head_exchange": self._collective(tokens * self._value_bytes * (ep - 1) / ep, self._exchange_bytes_per_s),
-            "o_proj": gemm.launched(tokens, c.hidden_size, heads * c.v_head_dim, aic=aic),
+            "head_exchange": head_exchange,
+            "o_proj": o_proj,
             "activations": self._activations((tokens + kv) * query_value_bytes),
         }
 
     def gate(self, tokens: float, *, aic: int) -> float:
         """Router matrix in BF16, and the choice of experts."""
-        c = self._config
-        return self._gemm.launched(tokens, c.n_routed_experts, c.hidden_size, aic=aic, bf16=True) + self._launch_s
+        return self._gate_product(tokens).seconds(aic) + self._launch_s + self._launch_s
 
     def experts(self, mean_tokens: float, max_tokens: float, *, aic: int) -> float:
         """Expert MLPs of the hottest die, when every rank routes `mean_tokens` on average."""
-        c, d = self._config, self._deployment
-        slots = d.router_slots_per_die
-        copies = d.hottest_copies(mean_tokens, c.num_experts_per_tok)
-        groups = min(float(slots), copies)
-        seconds = self._expert_mlp(copies / groups if groups else 0.0, groups=groups, aic=aic)
-        if d.is_shared_dispatched:
-            shared_copies = mean_tokens * d.ep / d.num_shared_slots
-            seconds = max(seconds, self._expert_mlp(shared_copies, groups=c.n_shared_experts, aic=aic))
-        else:
-            seconds += self._expert_mlp(max_tokens, groups=c.n_shared_experts, aic=aic)
+        (gate_up, down), (shared_gate_up, shared_down) = self._expert_products(mean_tokens, max_tokens)
+        seconds = gate_up.seconds(aic) + down.seconds(aic)
+        shared_s = shared_gate_up.seconds(aic) + shared_down.seconds(aic)
+        seconds = max(seconds, shared_s) if self._deployment.is_shared_dispatched else seconds + shared_s
         return seconds + 3 * self._launch_s
 
     def dispatch_compute(self, copies: float, hottest_copies: float) -> float:
@@ -153,7 +145,7 @@ class Operators:
     def expert_activations(self, mean_tokens: float, max_tokens: float) -> float:
         """Vector work of prefill between the products of the hottest die's experts: dequantize, SwiGLU, quantize."""
         c, d = self._config, self._deployment
-        copies = d.hottest_copies(mean_tokens, c.num_experts_per_tok)
+        copies = self._hottest_copies(mean_tokens, c.num_experts_per_tok)
         copies += 0 if d.is_shared_dispatched else max_tokens * c.n_shared_experts
         bytes_per_copy = c.moe_intermediate_size * (
             2 * 2 * BF16_BYTES + 3 * INT8_BYTES
@@ -175,15 +167,14 @@ class Operators:
         hidden = self._config.hidden_size
         return self._gemm.launched(tokens, hidden, 2 * hidden, aic=self._num_aic)
 
-    def lm_head(self, samples: float, *, split: int) -> float:
+    def lm_head(self, samples: float, split: int) -> float:
         """Logits of `samples` rows, BF16, the vocabulary split over `split` dies. Nothing to do, no time."""
         c = self._config
         if not samples:
             return 0.0
         columns = _split(c.vocab_size, split)
-        aic = self._num_aic
-        seconds = self._gemm.seconds(samples, columns, c.hidden_size, aic=aic, bf16=True, out_bytes=FP32_BYTES)
-        return seconds + self._launch_s
+        logits = self._gemm.product(samples, columns, c.hidden_size, bf16=True, out_bytes=FP32_BYTES)
+        return logits.seconds(self._num_aic) + self._launch_s
 
     def sampling(self, samples: float) -> float:
         """Fused sampling on the NPU."""
@@ -196,17 +187,64 @@ class Operators:
         """Of the slowest rank."""
         compute, memory = flops / (self._attention_flops_per_s_per_aic * aic), kv_bytes / self._hbm_bytes_per_s
         hidden = 1 - self._exposed
-        if isinstance(context, np.ndarray):
-            compute_s, memory_s = context * compute, np.asarray(kv) * memory
-            return float((compute_s + memory_s - hidden * np.minimum(compute_s, memory_s)).max())
-        pairs = [(c * compute, m * memory) for c, m in zip(context, kv, strict=True)]
-        return float(max(c + m - hidden * (c if c < m else m) for c, m in pairs))
+        slowest = 0.0
+        for rank_context, rank_kv in zip(context, kv, strict=True):
+            compute_s, memory_s = rank_context * compute, rank_kv * memory
+            seconds = compute_s + memory_s - hidden * (compute_s if compute_s < memory_s else memory_s)
+            slowest = seconds if seconds > slowest else slowest
+        return slowest
 
-    def _expert_mlp(self, tokens: float, *, groups: float, aic: int) -> float:
-        c = self._config
+    def _make_absorbed_products(self, tokens: float) -> tuple[tuple[Product, ...], tuple[Product, ...]]:
+        """Of MLAProlog (down, queries up, W_UK head by head), and of what follows attention (W_UV, O_proj)."""
+        c, product = self._config, self._gemm.product
+        heads = c.num_attention_heads
+        prolog = (
+            product(tokens, c.latent_dim + (c.q_lora_rank or 0), c.hidden_size),
+            product(tokens, heads * c.qk_head_dim, c.q_lora_rank or c.hidden_size),
+            product(tokens, c.kv_lora_rank, c.qk_nope_head_dim, groups=heads),
+        )
+        return prolog, (
+            product(tokens, c.v_head_dim, c.kv_lora_rank, groups=heads),
+            product(tokens, c.hidden_size, heads * c.v_head_dim),
+        )
+
+    def _around_absorbed_core(self, tokens: float, aic: int) -> tuple[float, float, float]:
+        """Prolog, O_proj, activations."""
+        (down, query_up, absorb_k), (absorb_v, out) = self._absorbed_products(tokens)
+        prolog = down.seconds(aic) + query_up.seconds(aic) + absorb_k.seconds(aic)
+        o_proj = absorb_v.seconds(aic) + out.seconds(aic)
+        activations = self._activations(tokens * self._absorbed_bytes)
+        return prolog + self._launch_s, o_proj + self._launch_s, activations
+
+    def _around_split_core(self, tokens: float) -> tuple[float, float, float, float]:
+        """Down-projections, queries up (without a launch of its own), exchange of outputs, O_proj."""
+        c, ep, aic, gemm = self._config, self._deployment.ep, self._num_aic, self._gemm
+        heads = c.num_attention_heads
+        query_up = gemm.product(tokens * ep, _split(heads * c.qk_head_dim, ep), c.q_lora_rank or c.hidden_size)
+        return (
+            gemm.launched(tokens, c.latent_dim + (c.q_lora_rank or 0), c.hidden_size, aic=aic),
+            query_up.seconds(aic),
+            self._collective(tokens * self._value_bytes * (ep - 1) / ep, self._exchange_bytes_per_s),
+            gemm.launched(tokens, c.hidden_size, heads * c.v_head_dim, aic=aic),
+        )
+
+    def _make_gate_product(self, tokens: float) -> Product:
+        return self._gemm.product(tokens, self._config.n_routed_experts, self._config.hidden_size, bf16=True)
+
+    def _make_expert_products(self, mean_tokens: float, max_tokens: float) -> tuple[tuple[Product, ...], ...]:
+        """Of the hottest die's routed experts, and of the shared one."""
+        c, d = self._config, self._deployment
+        copies = self._hottest_copies(mean_tokens, c.num_experts_per_tok)
+        groups = min(float(d.router_slots_per_die), copies)
+        shared_tokens = mean_tokens * d.ep / d.num_shared_slots if d.is_shared_dispatched else max_tokens
+        routed = self._expert_mlp(copies / groups if groups else 0.0, groups)
+        return routed, self._expert_mlp(shared_tokens, c.n_shared_experts)
+
+    def _expert_mlp(self, tokens: float, groups: float) -> tuple[Product, Product]:
+        c, product = self._config, self._gemm.product
         hidden, wide = c.hidden_size, c.moe_intermediate_size
-        gate_up = self._gemm.seconds(tokens, 2 * wide, hidden, groups=groups, aic=aic, m_varies=True)
-        return gate_up + self._gemm.seconds(tokens, hidden, wide, groups=groups, aic=aic, m_varies=True)
+        gate_up = product(tokens, 2 * wide, hidden, groups=groups, m_varies=True)
+        return gate_up, product(tokens, hidden, wide, groups=groups, m_varies=True)
 
     def _activations(self, num_bytes: float) -> float:
         """Norms, rotation, quantization and layout changes of the attention half."""

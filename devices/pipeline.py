@@ -12,16 +12,18 @@ per expert follow from the mean over ranks. The longest context and the most tok
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from devices.deployment import ExpertDeployment
 from devices.expert_parallel import ExpertParallel
-from devices.layer_overlap import Layer, LayerModel, Load, Role, mean, total
-from devices.operators import Operators, Parts
+from devices.layer_overlap import Layer, LayerModel, Role, total
+from devices.operators import REMEMBERED, Operators, Parts
 from devices.spec import SupernodeSpec
+from devices.step_load import StepLoad
 from devices.step_work import StepTime, StepWork
 from model.config import ModelConfig
 
-__all__ = ["Role", "StepDetail", "StepTime", "StepTimeModel", "StepWork"]
+__all__ = ["Role", "StepDetail", "StepLoad", "StepTime", "StepTimeModel", "StepWork"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,64 +74,68 @@ class StepTimeModel:
         self._num_speculative_tokens = num_speculative_tokens
         graphs = 1 if mtp_pipelined else 1 + num_speculative_tokens
         self._launch_s = graphs * supernode.rates.graph_launch_s
-        self._operators = Operators(model, supernode, deployment)
+        self._operators = operators = Operators(model, supernode, deployment)
+        remember = lru_cache(REMEMBERED)
+        self._dense_mlp, self._mtp_projection = remember(operators.dense_mlp), remember(operators.mtp_projection)
+        self._lm_head = remember(operators.lm_head)
         experts = ExpertParallel(model, supernode, deployment)
-        self._layers = LayerModel(
-            supernode, self._operators, experts, deployment, role=role, attention_aic=attention_aic
-        )
+        self._layers = LayerModel(supernode, operators, experts, deployment, role=role, attention_aic=attention_aic)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether all dies share attention's heads, so that context and KV are the same on every one of them."""
+        return self._layers.is_split
 
     def step(self, work: StepWork) -> StepTime:
         """Time of one step over all ranks; never less for more work."""
-        return _to_step_time(self.detail(work).exposed)
+        return self.decided(StepLoad.of(work, is_split=self.is_split))
+
+    def decided(self, load: StepLoad) -> StepTime:
+        """The same, from what decides it."""
+        layer, plain = self._choose(load)
+        return StepTime.of_seconds(self._exposed(layer, plain, load))
 
     def detail(self, work: StepWork) -> StepDetail:
         """The same in seconds, with what each stream does."""
-        load = Load(work, is_split=self._layers.is_split)
-        num_moe = self._model.num_moe_layers
-        plain = self._layers.plain(load)
-        layer = plain
-        if self._microbatch:
-            overlapped = self._layers.overlapped(load)
-            overlapped_s = total(overlapped.exposed) * num_moe + overlapped.ramp_s
-            if self._is_split_given or overlapped_s < total(plain.exposed) * num_moe:
-                layer = overlapped
-        exposed = {name: seconds * num_moe for name, seconds in layer.exposed.items()}
-        if num_moe:
-            exposed["pipeline_ramp"] = layer.ramp_s
-        self._add_outside_layers(exposed, plain, load, work)
+        load = StepLoad.of(work, is_split=self.is_split)
+        layer, plain = self._choose(load)
         return StepDetail(
-            exposed=exposed,
-            layer_s=total(layer.exposed),
-            streams=layer.streams,
+            exposed=self._exposed(layer, plain, load),
+            layer_s=layer.exposed_s,
+            streams=layer.busy_parts(),
             num_microbatches=layer.num_microbatches,
             attention_aic=layer.attention_aic,
         )
 
-    def _add_outside_layers(self, exposed: Parts, plain: Layer, load: Load, work: StepWork) -> None:
-        """Dense layers, head, sampling, MTP module, launch."""
-        operators = self._operators
-        num_dense = self._model.num_hidden_layers - self._model.num_moe_layers
-        attention_s = sum(seconds for name, seconds in plain.exposed.items() if name.startswith("attention."))
-        exposed["dense_layers"] = num_dense * (attention_s + operators.dense_mlp(load.max_tokens))
-        samples, seqs = float(work.num_samples.max()), float(work.num_seqs.max())
+    def _choose(self, load: StepLoad) -> tuple[Layer, Layer]:
+        """The better of one batch and two microbatches; and one batch, which layers without experts always are."""
+        plain = self._layers.plain(load)
+        if not self._microbatch:
+            return plain, plain
+        num_moe = self._model.num_moe_layers
+        overlapped = self._layers.overlapped(load)
+        is_better = overlapped.exposed_s * num_moe + overlapped.ramp_s < plain.exposed_s * num_moe
+        return (overlapped if is_better or self._is_split_given else plain), plain
+
+    def _exposed(self, layer: Layer, plain: Layer, load: StepLoad) -> Parts:
+        """What each operator adds to the step: mixture layers, dense layers, head, sampling, MTP module, launch."""
+        num_moe = self._model.num_moe_layers
+        exposed = layer.exposed_parts(num_moe)
+        if num_moe:
+            exposed["pipeline_ramp"] = layer.ramp_s
+        num_dense = self._model.num_hidden_layers - num_moe
+        exposed["dense_layers"] = num_dense * (total(plain.streams["attention"]) + self._dense_mlp(load.max_tokens))
+        samples = float(load.max_samples)
         # Split over the dies, the head has the rows of all of them.
-        head_split = self._deployment.ep if self._layers.is_split else 1
-        head_rows = mean(work.num_samples) * head_split if self._layers.is_split else samples
-        exposed["lm_head"] = operators.lm_head(head_rows, split=head_split)
-        exposed["sampling"] = operators.sampling(samples)
+        head_split = self._deployment.ep if self.is_split else 1
+        head_rows = load.total_samples / load.num_ranks * head_split if self.is_split else samples
+        exposed["lm_head"] = self._lm_head(head_rows, head_split)
+        exposed["sampling"] = self._operators.sampling(samples)
         if self._num_speculative_tokens:
-            block = total(plain.exposed) + operators.mtp_projection(load.max_tokens)
+            block = plain.exposed_s + self._mtp_projection(load.max_tokens)
             draft = 0.0
             if self._role != "prefill":
-                draft = operators.lm_head(seqs, split=1) + operators.sampling(seqs)
+                draft = self._lm_head(load.max_seqs, 1) + self._operators.sampling(load.max_seqs)
             exposed["mtp"] = self._num_speculative_tokens * (block + draft)
         exposed["launch"] = self._launch_s
-
-
-def _to_step_time(parts: Parts) -> StepTime:
-    """Integer nanoseconds: the total is rounded once, and the longest part takes what rounding the parts leaves."""
-    total_ns = round(total(parts) * 1e9)
-    breakdown = {name: int(seconds * 1e9) for name, seconds in parts.items() if seconds > 0}
-    if breakdown:
-        breakdown[max(breakdown, key=breakdown.__getitem__)] += total_ns - sum(breakdown.values())
-    return StepTime(ns=total_ns, breakdown=breakdown)
+        return exposed

@@ -4,13 +4,15 @@ Owns: the two values that pass between an engine and the time model.
 Must not know: operators, seconds, requests.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import ItemsView, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+
+FIELDS = ("num_tokens", "num_context_tokens", "num_kv_tokens", "num_seqs", "num_samples")  # of StepWork
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +31,15 @@ class StepWork:
 
     def __post_init__(self) -> None:
         shape = (self.num_tokens.size,)
-        for field in fields(self):
-            values = getattr(self, field.name)
+        columns = (self.num_tokens, self.num_context_tokens, self.num_kv_tokens, self.num_seqs, self.num_samples)
+        signs = np.zeros(shape, dtype=np.int64)
+        for name, values in zip(FIELDS, columns, strict=True):
             if values.shape != shape or values.dtype != np.int64 or not shape[0]:
-                raise ValueError(
-                    f"StepWork.{field.name}: needs int64 of shape {shape}, got {values.dtype} {values.shape}"
-                )
-            if values.min() < 0:
-                raise ValueError(f"StepWork.{field.name}: {values.min()} is negative")
+                raise ValueError(f"StepWork.{name}: needs int64 of shape {shape}, got {values.dtype} {values.shape}")
+            signs = signs | values
+        if signs.min() < 0:  # one look for all of them
+            name, least = next((n, v.min()) for n, v in zip(FIELDS, columns, strict=True) if v.min() < 0)
+            raise ValueError(f"StepWork.{name}: {least} is negative")
 
     @property
     def num_ranks(self) -> int:
@@ -102,6 +105,44 @@ class StepWork:
         )
 
 
+class Breakdown(Mapping[str, int]):
+    """Operators to integer nanoseconds that add up to the step, rounded when first read: most steps are never asked.
+
+    The longest operator takes what rounding the others down leaves.
+    """
+
+    __slots__ = ("_parts_ns", "_seconds", "_total_ns")
+
+    def __init__(self, seconds: Mapping[str, float], total_ns: int) -> None:
+        """`seconds` add up to `total_ns` but for rounding; an operator without any has no entry."""
+        self._seconds, self._total_ns = seconds, total_ns
+        self._parts_ns: dict[str, int] | None = None
+
+    def _rounded(self) -> dict[str, int]:
+        if self._parts_ns is None:
+            parts_ns = {name: int(seconds * 1e9) for name, seconds in self._seconds.items() if seconds > 0}
+            if parts_ns:
+                parts_ns[max(parts_ns, key=parts_ns.__getitem__)] += self._total_ns - sum(parts_ns.values())
+            self._parts_ns = parts_ns
+        return self._parts_ns
+
+    def __getitem__(self, name: str) -> int:
+        return self._rounded()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rounded())
+
+    def __len__(self) -> int:
+        return len(self._rounded())
+
+    def items(self) -> ItemsView[str, int]:
+        """As of any mapping, at the speed of a dictionary."""
+        return self._rounded().items()
+
+    def __repr__(self) -> str:
+        return repr(self._rounded())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTime:
     """Time of one step. `breakdown` holds the exposed time of each operator and adds up to `ns` exactly.
@@ -111,6 +152,17 @@ class StepTime:
 
     ns: int
     breakdown: Mapping[str, int]
+
+    @classmethod
+    def of_seconds(cls, parts: Mapping[str, float]) -> "StepTime":
+        """Operators to seconds: the total is rounded once."""
+        ns = round(sum(parts.values()) * 1e9)
+        return cls(ns=ns, breakdown=Breakdown(parts, ns))
+
+    def add_to(self, totals_ns: dict[str, int]) -> None:
+        """Add the breakdown to that of other steps."""
+        for name, ns in self.breakdown.items():
+            totals_ns[name] = totals_ns.get(name, 0) + ns
 
 
 def _split(total: int, num_parts: int) -> IntArray:

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from model.chat import BOS, EOS, PAD
 from model.config import ModelConfig
-from model.tokenizer import Tokenizer
+from model.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 
 # Gains over unit-variance initialization. They keep every mechanism visible in the logits: attention that
 # picks out tokens rather than averaging them, experts that the router tells apart, and logits far enough
@@ -81,13 +81,8 @@ def write_random_checkpoint(directory: str | Path, config: ModelConfig, seed: in
     Raises ValueError if the byte-level tokenizer does not fit the model's vocabulary or its bos and eos ids.
     """
     directory = Path(directory)
-    tokenizer = Tokenizer.byte_level(config.vocab_size)
-    for name in ("bos_token_id", "eos_token_id"):
-        if getattr(config, name) != getattr(tokenizer, name):
-            raise ValueError(f"{name}: {getattr(config, name)} differs from the tokenizer's {getattr(tokenizer, name)}")
-    directory.mkdir(parents=True, exist_ok=True)
+    write_byte_tokenizer(directory, config, vocab_size=config.vocab_size)
     save_file(random_tensors(config, seed), directory / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save(directory / "tokenizer.json")
     write_json(directory / "config.json", config.to_dict())
     write_json(
         directory / "generation_config.json",
@@ -110,6 +105,20 @@ def write_random_checkpoint(directory: str | Path, config: ModelConfig, seed: in
             "clean_up_tokenization_spaces": False,
         },
     )
+
+
+def write_byte_tokenizer(directory: str | Path, config: ModelConfig, *, vocab_size: int | None = None) -> None:
+    """Write tokenizer.json alone, which is enough where nothing is computed.
+
+    `vocab_size` None: control tokens and bytes, without the placeholders that nothing generates; those of R1's
+    vocabulary take ten seconds. Raises ValueError as above.
+    """
+    tokenizer = Tokenizer.byte_level(min(config.vocab_size, MIN_VOCAB_SIZE) if vocab_size is None else vocab_size)
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(config, name) != getattr(tokenizer, name):
+            raise ValueError(f"{name}: {getattr(config, name)} differs from the tokenizer's {getattr(tokenizer, name)}")
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(Path(directory) / "tokenizer.json")
 
 
 def _block_specs(config: ModelConfig, layer: int, *, is_moe: bool) -> Iterator[TensorSpec]:

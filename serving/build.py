@@ -82,9 +82,7 @@ def build_cluster(
     places = instance_places(config)
     for place in places:
         role = place.role
-        dies[place.instance_id] = [
-            fabric.die(npu_id, die) for npu_id in place.npu_ids for die in range(config.dies_per_npu(role))
-        ]
+        dies[place.instance_id] = die_endpoints(config, place, fabric)
         section = config.instances[role]
         scheduler = BatchScheduler(
             num_ranks=config.num_scheduling_ranks(role),
@@ -128,10 +126,7 @@ def build_cluster(
     if config.kv_pool.enabled:
         hosts = host_endpoints(config, fabric)
         pool = KvPool(
-            index=PoolIndex(
-                hosts=dict.fromkeys(range(len(hosts)), config.kv_pool.dram_bytes_per_host),
-                lease_ns=round(config.kv_pool.lease_s * 1e9),
-            ),
+            index=build_pool_index(config),
             hosts=hosts,
             fabric=fabric,
             transport=moves,
@@ -141,27 +136,55 @@ def build_cluster(
             block_size=config.cache.block_size,
             read_bytes_per_s=config.hardware.rates.pool_read_bytes_per_s,
         )
-    prefilling, decoding = ("prefill", "decode") if config.disaggregated else ("colocated", "colocated")
-    router = Router(
-        prefill=[place.instance_id for place in places if place.role == prefilling],
-        decode={place.instance_id: config.num_scheduling_ranks(decoding) for place in places if place.role == decoding},
-        policy=config.router.policy,
-        rng=generator_for(config.seed, "router"),
-    )
     cluster = Cluster(
         config=config,
         clock=clock,
         log=log,
         engines=engines,
-        router=router,
+        router=build_router(config),
         pool=pool,
         fabric=fabric,
         transport=moves,
         dies=dies,
-        kv_bytes_per_token=work.kv_bytes_per_token(config.charged_shape, include_mtp=config.is_speculative),
-        hidden_state_bytes=4 * config.charged_shape.hidden_size if config.is_speculative else 0,
+        kv_bytes_per_token=kv_bytes_per_token(config),
+        hidden_state_bytes=hidden_state_bytes(config),
     )
     return cluster
+
+
+def build_router(config: RunConfig) -> Router:
+    """The router over all instances."""
+    places = instance_places(config)
+    prefilling, decoding = ("prefill", "decode") if config.disaggregated else ("colocated", "colocated")
+    return Router(
+        prefill=[place.instance_id for place in places if place.role == prefilling],
+        decode={place.instance_id: config.num_scheduling_ranks(decoding) for place in places if place.role == decoding},
+        policy=config.router.policy,
+        rng=generator_for(config.seed, "router"),
+    )
+
+
+def build_pool_index(config: RunConfig) -> PoolIndex:
+    """The index of the shared pool, hosts numbered from 0 as in `host_endpoints`."""
+    return PoolIndex(
+        hosts=dict.fromkeys(range(config.kv_pool.hosts), config.kv_pool.dram_bytes_per_host),
+        lease_ns=round(config.kv_pool.lease_s * 1e9),
+    )
+
+
+def kv_bytes_per_token(config: RunConfig) -> int:
+    """Latent cache of the charged model, the MTP module's too where it runs."""
+    return work.kv_bytes_per_token(config.charged_shape, include_mtp=config.is_speculative)
+
+
+def hidden_state_bytes(config: RunConfig) -> int:
+    """Of the hidden state that is handed over with a request's KV for its first draft, FP32."""
+    return 4 * config.charged_shape.hidden_size if config.is_speculative else 0
+
+
+def die_endpoints(config: RunConfig, place: InstancePlace, fabric: Fabric) -> list[Endpoint]:
+    """Dies of an instance, in rank order."""
+    return [fabric.die(npu_id, die) for npu_id in place.npu_ids for die in range(config.dies_per_npu(place.role))]
 
 
 def host_endpoints(config: RunConfig, fabric: Fabric) -> list[Endpoint]:

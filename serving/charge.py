@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from devices.deployment import ExpertDeployment, Imbalance
-from devices.pipeline import StepTime, StepTimeModel, StepWork
+from devices.pipeline import StepLoad, StepTime, StepTimeModel, StepWork
 from serving.config import Role, RunConfig
 from serving.core.scheduled_batch import ScheduledBatch
 from serving.expert_balance import with_imbalance
@@ -25,9 +25,9 @@ def deployment_of(config: RunConfig, role: Role) -> ExpertDeployment:
     return replace(layout, imbalance=Imbalance.constant(measured_imbalance(config, role)))
 
 
-def step_charge(config: RunConfig, role: Role) -> Callable[[ScheduledBatch], StepTime]:
-    """The time of a step of one instance of `role`."""
-    model = StepTimeModel(
+def step_time_model(config: RunConfig, role: Role) -> StepTimeModel:
+    """The time model of an instance of `role`."""
+    return StepTimeModel(
         config.charged_shape,
         config.hardware,
         role=role,
@@ -35,6 +35,11 @@ def step_charge(config: RunConfig, role: Role) -> Callable[[ScheduledBatch], Ste
         microbatch=config.timing.microbatch,
         num_speculative_tokens=config.speculative.num_speculative_tokens,
     )
+
+
+def step_charge(config: RunConfig, role: Role) -> Callable[[ScheduledBatch], StepTime]:
+    """The time of a step of one instance of `role`."""
+    model = step_time_model(config, role)
     world_size = config.world_size(role)
 
     def charge(batch: ScheduledBatch) -> StepTime:
@@ -43,14 +48,15 @@ def step_charge(config: RunConfig, role: Role) -> Callable[[ScheduledBatch], Ste
         # Query token i of a row attends to the tokens before it in the row's context, and to itself.
         context = scheduled * batch.num_computed_tokens + scheduled * (scheduled + 1) // 2
         if role == "prefill":
-            return model.step(
-                StepWork.split_sequence(
+            return model.decided(
+                StepLoad.of_sequence(
                     world_size,
                     num_tokens=int(scheduled.sum()),
                     num_context_tokens=int(context.sum()),
                     num_kv_tokens=int(end.sum()),
                     num_seqs=batch.num_rows,
                     num_samples=int(batch.num_samples.sum()),
+                    is_split=model.is_split,
                 )
             )
         num_tokens, num_context_tokens, num_kv_tokens, num_samples = batch.sums_by_rank(

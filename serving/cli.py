@@ -27,6 +27,7 @@ from serving.quantize_command import quantize
 from serving.simulation.command import simulate
 from serving.simulation.plan_command import plan
 from serving.simulation.sweep_command import sweep
+from serving.simulation.verify_command import verify
 
 if TYPE_CHECKING:
     from serving.report import BenchResult
@@ -223,6 +224,7 @@ app.command()(sweep)
 app.command()(plan)
 app.command()(reproduce)
 app.command()(calibrate)
+app.command()(verify)
 app.add_typer(estimate, name="estimate")
 
 

@@ -26,8 +26,9 @@ from serving.core.scheduled_batch import Load
 from serving.engine import Engine
 from serving.engine_run import RunEnd, TokenSink
 from serving.errors import EngineFailure
-from serving.kv_pool import BlockMove, KvPool
+from serving.kv_pool import KvPool
 from serving.placed import Hold, Placed
+from serving.pool_moves import BlockMove
 from serving.transport import RankRef, Transport
 
 logger = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ class Cluster:
     def unplace(self, placed: Placed) -> None:
         """The request's life needs its place no longer; movements of its blocks may still hold parts of it."""
         self.router.release(placed.request.request_id)
-        placed.prefill_hold.release()
+        placed.leave_prefill()
         if placed.decode_hold is not None:
             placed.decode_hold.release()
 
@@ -238,12 +239,16 @@ class Cluster:
         return end
 
     async def kv_transfer(self, request: Request, placed: Placed) -> None:
-        """Send the latent KV of all computed tokens to the decode rank, over RDMA, from the mapped prefill rank."""
+        """Send the latent KV of all computed tokens to the decode rank, over RDMA, from the mapped prefill rank.
+
+        Then the prefill instance is left: slot and blocks there are free for another prompt, once the pool has its.
+        """
         assert placed.decode is not None
         assert placed.decode_hold is not None
         assert placed.decode_blocks is not None
         move = self._move(self._transfer(request, placed), placed.prefill_hold, placed.decode_hold)
         await asyncio.shield(move)  # a life that is ended meanwhile leaves the movement to its end
+        placed.leave_prefill()  # whoever waits there for blocks must not wait until this request is decoded
 
     async def decode(self, request: Request, placed: Placed, *, sink: TokenSink) -> RunEnd:
         """Generate from the transferred KV to the request's end, or until it is preempted."""

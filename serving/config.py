@@ -226,9 +226,13 @@ class RunConfig(Section):
         return self.speculative.num_speculative_tokens > 0
 
     def max_step_tokens(self, role: Role) -> int:
-        """Most rows of one pass of the model or of the MTP module, which adds each request's newest token."""
+        """Most rows of one pass of the model or of the MTP module.
+
+        The module adds each request's newest token where prompts are computed and drafts made. A request that only
+        decodes has two rows of the module at most, as of the model: its token and a draft (model/speculation.py).
+        """
         section = self.instances[role]
-        newest = section.max_num_seqs if self.is_speculative and role != "prefill" else 0
+        newest = section.max_num_seqs if self.is_speculative and role == "colocated" else 0
         return section.max_num_batched_tokens + newest
 
     def dies_per_npu(self, role: Role) -> int:

@@ -8,15 +8,14 @@ Ranks keep nothing. So a request can be preempted, or handed over from prefill t
 numbers at most, in the control plane beside its first token; the latents move with the blocks.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.sampling import keyed_uniform
 from model.step import DraftingBatch, DraftOutput
+from serving.core.acceptance import acceptance_table, first_draw
 from serving.core.request import Request
 from serving.core.scheduled_batch import ScheduledBatch
 from serving.messages import SamplingParams
@@ -31,11 +30,11 @@ class DraftState:
     hidden: NDArray[np.float32] | None  # (H,) of the last computed position, where there is no draft
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Draws:
-    """Of a request without a model: whether the draft for each of its output tokens is right."""
+    """Of a request without a model: its next place in the table of draws."""
 
-    is_accepted: list[bool]
+    next_draw: int
 
 
 def draft_of(request: Request, num_computed_tokens: int) -> int:
@@ -98,7 +97,7 @@ def keep_drafts(
 def drawn_acceptance(batch: ScheduledBatch, requests: Sequence[Request], acceptance: float) -> NDArray[np.int64]:
     """Accepted drafts per row where no model says: each is right with probability `acceptance`.
 
-    Drawn by (request, position), so it does not depend on the batch, nor on when the draft is verified.
+    Drawn by request and by how many drafts of it were verified, so it does not depend on the batch.
     """
     assert batch.drafts is not None
     num_accepted = np.zeros(batch.num_rows, np.int64)
@@ -114,16 +113,10 @@ def _eos_position(request: Request) -> int:
 
 
 def _is_accepted(request: Request, acceptance: float) -> bool:
-    """Whether the draft for the position behind the known tokens is right; drawn once for all positions.
-
-    The key is the request's id with its seed: many requests of a workload have the same seed.
-    """
+    """Whether the request's next draft is right."""
     state = request.drafting
     if not isinstance(state, _Draws):
         seed = request.sampling.seed if isinstance(request.sampling, SamplingParams) else None
-        name = f"acceptance/{request.request_id}/{seed}"
-        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-        positions = np.arange(request.num_prompt_tokens, request.num_tokens_limit)
-        keys = np.full(len(positions), key, np.uint64)
-        state = request.drafting = _Draws((keyed_uniform(keys, positions) < acceptance).tolist())
-    return state.is_accepted[request.num_output_tokens]
+        state = request.drafting = _Draws(first_draw(request.request_id, seed))
+    state.next_draw += 1
+    return bool(acceptance_table(acceptance).is_accepted[state.next_draw - 1])

@@ -7,9 +7,7 @@ Must not know: scheduling, HTTP, what a block contains; decisions are serving/po
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,21 +18,10 @@ from serving.core.ids import BlockHash, BlockIds, InstanceId, RequestId
 from serving.core.pool_block import PoolBlock
 from serving.core.pool_index import PoolIndex
 from serving.errors import EngineFailure
-from serving.pool_moves import PoolMoves, PoolRead, PoolWrite
+from serving.pool_moves import PoolMoves
 from serving.transport import PoolObject, RankRef, Transport
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockMove:
-    """A movement of KV blocks that has just begun, and when it will be over."""
-
-    kind: Literal["kv_transfer", "pool_load", "pool_store"]
-    request_id: RequestId
-    start_ns: int
-    end_ns: int
-    num_bytes: int
 
 
 class KvPool(PoolMoves):
@@ -66,7 +53,6 @@ class KvPool(PoolMoves):
         )
         self._transport = transport
         self._clock = clock
-        self.on_move: Callable[[BlockMove], None] = lambda move: None
 
     async def load(
         self,
@@ -86,7 +72,6 @@ class KvPool(PoolMoves):
         read = self.start_load(request_id, hashes, first=first, dies=dies)
         try:
             if read.blocks:
-                self.on_move(self._told("pool_load", read))
                 objects = [_object(block) for block in read.blocks]
                 reading = asyncio.ensure_future(self._transport.pool_load(target, objects, blocks[: len(objects)]))
                 await self._clock.sleep_until(read.end_ns)
@@ -116,7 +101,6 @@ class KvPool(PoolMoves):
         write = self.start_store(request_id, hashes, dies=dies)
         if write is None:
             return
-        self.on_move(self._told("pool_store", write))
         try:
             objects = [_object(block) for block in write.blocks]
             writing = asyncio.ensure_future(
@@ -128,15 +112,6 @@ class KvPool(PoolMoves):
             self.revoke_store(write)
             raise
         self.finish_store(write)
-
-    def _told(self, kind: Literal["pool_load", "pool_store"], move: PoolRead | PoolWrite) -> BlockMove:
-        return BlockMove(
-            kind=kind,
-            request_id=move.request_id,
-            start_ns=move.start_ns,
-            end_ns=move.end_ns,
-            num_bytes=len(move.blocks) * self.block_bytes,
-        )
 
     def _drop(self, blocks: Sequence[PoolBlock]) -> None:
         self._transport.pool_free([_object(block) for block in blocks])

@@ -51,8 +51,9 @@ class LiveRun:
     cut short.
     """
 
-    def __init__(self, config: RunConfig, *, shards: str, address: str | None) -> None:
+    def __init__(self, config: RunConfig, *, shards: str, address: str | None, keep_events: bool = False) -> None:
         self._config = config
+        self._keep_events = keep_events
         self._shards = shards
         self._address = address
         self._stack = ExitStack()
@@ -68,11 +69,11 @@ class LiveRun:
             self.session = Session()
             stack.callback(self._close_session)
             if self._shards == "torch":
+                self.devices = stack.enter_context(RayDevices(config, self.session, address=self._address))
                 num_hosts = len(host_plans(config))
                 print(f"booting {config.total_npus} NPUs, {num_hosts} hosts ...", file=sys.stderr, flush=True)
-                self.devices = stack.enter_context(RayDevices(config, self.session, address=self._address))
             with self._interrupts.raised():
-                self.checkpoint = checkpoint_directory(config, self.session)
+                self.checkpoint = checkpoint_directory(config, self.session, with_weights=self.devices is not None)
                 if self.devices is not None:
                     self.devices.start(self.checkpoint)
         except BaseException:
@@ -98,7 +99,13 @@ class LiveRun:
         loop = asyncio.get_running_loop()
         transport = self.devices.open_transport() if self.devices is not None else None
         try:
-            system = System(self._config, clock=clock, transport=transport, checkpoint=self.checkpoint)
+            system = System(
+                self._config,
+                clock=clock,
+                transport=transport,
+                checkpoint=self.checkpoint,
+                keep_events=self._keep_events,
+            )
             system.start()
             stop = asyncio.Event()
             work: asyncio.Future[None] | None = None
@@ -149,8 +156,23 @@ def run_once(
 ) -> BenchResult:
     """Boot, drive the endpoint with the load generator (in a process of its own), shut down."""
     workload = load_workload(config, trace=trace, trace_divisor=trace_divisor)
+    return run_workload(config, workload, shards=shards, address=address)
+
+
+def run_workload(
+    config: RunConfig,
+    workload: Workload,
+    *,
+    shards: str,
+    address: str | None,
+    keep_events: bool = False,
+    on_ready: Callable[[System], None] = lambda system: None,
+) -> BenchResult:
+    """The same with a given workload. `on_ready` sees the system before the first request; its log, if events are
+    kept, its metrics and its clock may be read when this has returned.
+    """
     config = config.with_port(0)
-    live = LiveRun(config, shards=shards, address=address)
+    live = LiveRun(config, shards=shards, address=address, keep_events=keep_events)
     bench: BenchResult | None = None
     figures: dict[str, float | int | str] = {}
     expert_load: dict[str, Any] | None = None
@@ -159,6 +181,7 @@ def run_once(
         async def measure(system: System) -> None:
             print(f"serving on {live.url}", file=sys.stderr, flush=True)
             nonlocal bench, expert_load
+            on_ready(system)
             bench = await run_in_process(functools.partial(run_bench, bench_config(config, live.url), workload))
             figures.update(cluster_figures(system.cluster))
             expert_load = measured_expert_load(system.cluster)

@@ -50,11 +50,18 @@ class Placed:
     decode: Engine | None = None  # None: colocated
     decode_hold: Hold | None = None
     decode_blocks: BlockIds | None = None
+    needs_prefill: bool = True  # its blocks at the prefill instance, for itself
 
     @property
     def is_disaggregated(self) -> bool:
         """Whether another instance decodes."""
         return self.decode is not None
+
+    def leave_prefill(self) -> None:
+        """The request itself needs its blocks at the prefill instance no longer; movements may. Once is enough."""
+        if self.needs_prefill:
+            self.needs_prefill = False
+            self.prefill_hold.release()
 
     async def released(self) -> None:
         """Wait until nothing of it is held."""

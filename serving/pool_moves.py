@@ -12,6 +12,7 @@ inside the instance is not charged: it is part of the all-gather of a prefill st
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from devices.fabric import Endpoint, Fabric
 from serving.core.errors import LeaseLost
@@ -19,6 +20,17 @@ from serving.core.event_log import EventLog
 from serving.core.ids import BlockHash, RequestId
 from serving.core.pool_block import Lease, PoolBlock
 from serving.core.pool_index import PoolIndex
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockMove:
+    """A movement of KV blocks that has just begun, and when it will be over."""
+
+    kind: Literal["kv_transfer", "pool_load", "pool_store"]
+    request_id: RequestId
+    start_ns: int
+    end_ns: int
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +90,7 @@ class PoolMoves:
         self._lost_hosts: set[int] = set()
         self.num_loaded_blocks = 0
         self.num_stored_blocks = 0
+        self.on_move: Callable[[BlockMove], None] = lambda move: None
 
     def find_prefix_tokens(self, hashes: Sequence[BlockHash]) -> int:
         """Tokens of the longest prefix that the pool holds now."""
@@ -112,6 +125,7 @@ class PoolMoves:
                 self._end_lease(request_id, lease)
                 raise
             self._log.append(now_ns, "pool_load", request_id, blocks=len(wanted), until_ns=end_ns)
+            self._tell("pool_load", request_id, len(wanted), now_ns, end_ns)
         return PoolRead(request_id=request_id, lease=lease, first=first, blocks=wanted, start_ns=now_ns, end_ns=end_ns)
 
     def finish_load(self, read: PoolRead) -> int:
@@ -153,6 +167,7 @@ class PoolMoves:
         self._log.append(
             now_ns, "pool_store", request_id, blocks=len(puts.blocks), evicted=num_evicted, until_ns=end_ns
         )
+        self._tell("pool_store", request_id, len(puts.blocks), now_ns, end_ns)
         return PoolWrite(
             request_id=request_id,
             hashes=hashes,
@@ -190,6 +205,17 @@ class PoolMoves:
         return self._fabric.reserve_all(
             "ub", _in_turn(dies, len(blocks)), targets, num_bytes=self.block_bytes, now_ns=now_ns, op="write"
         )
+
+    def _tell(
+        self,
+        kind: Literal["pool_load", "pool_store"],
+        request_id: RequestId,
+        num_blocks: int,
+        start_ns: int,
+        end_ns: int,
+    ) -> None:
+        num_bytes = num_blocks * self.block_bytes
+        self.on_move(BlockMove(kind=kind, request_id=request_id, start_ns=start_ns, end_ns=end_ns, num_bytes=num_bytes))
 
     def _end_lease(self, request_id: RequestId, lease: Lease) -> int:
         """Give a lease back; how many of its leading blocks were good to read all the time."""

@@ -6,12 +6,14 @@ Must not know: requests, time, HTTP.
 
 import asyncio
 import math
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import write_random_checkpoint
+from model import work
+from model.checkpoint import write_byte_tokenizer, write_random_checkpoint
 from model.checkpoint_check import WeightsError, check_checkpoint
 from model.tokenizer import Tokenizer, TokenizerError
 from serving.build import exchange_window_bytes, host_plans, npu_worker_plans
@@ -30,11 +32,40 @@ CLOSE_TIMEOUT_S = 5.0
 _IDS_PER_PADDING_ID = 100
 
 
-def checkpoint_directory(config: RunConfig, session: Session) -> Path:
-    """Where the weights are; random ones are written there first. Raises ConfigError if it lacks files."""
+_FLOAT32_BYTES = 4
+
+
+def machine_memory_bytes() -> int:
+    """DRAM of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_random_weights(config: RunConfig) -> None:
+    """Raise ConfigError if random weights are asked for, and one copy of them is more than this machine's memory."""
+    if config.model.checkpoint != "random":
+        return
+    num_parameters = work.parameter_counts(config.shape).total
+    needed, memory = num_parameters * _FLOAT32_BYTES, machine_memory_bytes()
+    if needed > memory:
+        num_hosts = len(host_plans(config))
+        raise ConfigError(
+            f"model.checkpoint: random weights of {num_parameters / 1e9:.0f} G parameters, {needed / 1e9:,.0f} GB in "
+            f"float32, exceed this machine's memory of {memory / 1e9:,.0f} GB; they would be computed by actors for "
+            f"{config.total_npus} NPUs, beside {num_hosts} hosts. `supernode simulate`, or `serve --shards timing`, "
+            "needs no weights"
+        )
+
+
+def checkpoint_directory(config: RunConfig, session: Session, *, with_weights: bool = True) -> Path:
+    """Where the weights are; random ones are written there first, or their tokenizer alone. Raises ConfigError if it
+    lacks files.
+    """
     if config.model.checkpoint == "random":
         directory = session.folder / "checkpoint"
-        write_random_checkpoint(directory, config.shape, config.seed)
+        if with_weights:
+            write_random_checkpoint(directory, config.shape, config.seed)
+        else:
+            write_byte_tokenizer(directory, config.shape)
         return directory
     directory = Path(config.model.checkpoint).resolve()  # workers may have another current directory
     for names in (("tokenizer.json",), ("model.safetensors", "model.safetensors.index.json")):
@@ -74,6 +105,8 @@ class RayDevices:
     """The actors of one launch. `start` and `close` block; `open_transport` is for the event loop."""
 
     def __init__(self, config: RunConfig, session: Session, *, address: str | None) -> None:
+        """Raises ConfigError if the weights cannot be made here; nothing has started then."""
+        check_random_weights(config)
         self._config = config
         self._session = session
         self._ray = RayCluster(session, address=address, startup_timeout_s=config.ray.startup_timeout_s)

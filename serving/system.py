@@ -34,12 +34,13 @@ class System:
         clock: VirtualClock | ScaledClock,
         transport: WorkerTransport | None,
         checkpoint: Path,
+        keep_events: bool = False,
     ) -> None:
         self.config = config
         self.clock = clock
         self.metrics = Metrics(model_name=config.model.served_model_name, max_model_len=config.model.max_model_len)
         self.observer = Observer(self.metrics, config=config)
-        self.log = EventLog()
+        self.log = EventLog(keep=keep_events)
         self.cluster = build_cluster(
             config, clock=clock, log=self.log, transport=transport, on_step=self.observer.on_step
         )

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from serving.core.errors import IllegalCall
-from serving.core.ids import Counts, InstanceId, RequestId
+from serving.core.ids import Counts, InstanceId, Mask, RequestId
 
 RouterPolicy = Literal["least_loaded", "round_robin", "power_of_two", "prefix_affinity"]
 
@@ -23,6 +23,9 @@ RouterPolicy = Literal["least_loaded", "round_robin", "power_of_two", "prefix_af
 IMBALANCE_TOKENS = 8192
 IMBALANCE_RATIO = 1.5
 MIN_PREFIX_SHARE = 0.3  # of the prompt, to prefer an instance for it (sgl gateway's cache_threshold)
+
+_REQUEST_SHIFT = 32  # of two ranks the one with fewer requests is less loaded, whatever blocks are free: < 2**32
+_UNFIT = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +40,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """What the ranks of one instance have free now, shape (num_ranks,) each."""
+    """What ranks have free now, shape (num_ranks,) each. The arrays may be live ones: nobody keeps what is in them."""
 
     free_blocks: Counts
     free_slots: Counts
@@ -78,11 +81,15 @@ class Router:
         self._prefill = list(prefill)
         self._decode = list(decode)
         self._is_colocated = self._prefill == self._decode
+        self._place_of_rank = [(name, rank) for name, num_ranks in decode.items() for rank in range(num_ranks)]
+        self._prefill_index = {name: index for index, name in enumerate(self._prefill)}
+        self._num_requests = np.zeros(len(self._place_of_rank), np.int64)  # per decode rank
+        self._queued_tokens = [0] * len(self._prefill)  # prompt tokens placed and not yet prefilled
         self._drained: set[InstanceId] = set()
-        self._first_rank = np.concatenate([[0], np.cumsum(list(decode.values()))])
-        self._num_requests = np.zeros(int(self._first_rank[-1]), np.int64)  # per decode rank
-        self._queued_tokens = dict.fromkeys(self._prefill, 0)  # prompt tokens placed and not yet prefilled
-        self._placements: dict[RequestId, tuple[Placement, int, int]] = {}  # with global rank and queued tokens
+        self._is_open: Mask | None = None  # decode ranks of instances that are not drained; None while all are
+        self._open_prefill = list(range(len(self._prefill)))
+        # With global rank, prefill index and queued tokens.
+        self._placements: dict[RequestId, tuple[Placement, int, int, int]] = {}
         self._turn = 0
 
     @property
@@ -93,7 +100,7 @@ class Router:
     @property
     def queued_tokens(self) -> dict[InstanceId, int]:
         """Prompt tokens placed and not yet prefilled, per prefill instance."""
-        return dict(self._queued_tokens)
+        return dict(zip(self._prefill, self._queued_tokens, strict=True))
 
     @property
     def num_requests(self) -> Counts:
@@ -127,33 +134,21 @@ class Router:
         num_prefixes = len(self._num_requests) if self._is_colocated else len(self._prefill)
         if num_prefix_tokens is not None and num_prefix_tokens.shape != (num_prefixes,):
             raise IllegalCall(f"num_prefix_tokens of {num_prefix_tokens.shape}, must be ({num_prefixes},)")
-        fits = (room.free_blocks >= num_blocks) & (room.free_slots > 0)
-        for instance_id in self._drained & set(self._decode):
-            fits[self._ranks_of(instance_id)] = False
-        ranks = np.flatnonzero(fits)
-        prefills = np.array([i for i, name in enumerate(self._prefill) if name not in self._drained], np.int64)
-        if not len(ranks) or not len(prefills):
+        if not self._open_prefill:
             return None
-        if self._is_colocated and num_prefix_tokens is not None and self._policy == "prefix_affinity":
-            # A rank's queue in tokens, as if all its requests were like this one.
-            load = self._num_requests[ranks] * num_tokens
-            rank = int(ranks[self._by_affinity(load, num_prefix_tokens[ranks], num_tokens)])
+        rank = self._choose_rank(room, num_tokens, num_blocks, num_prefix_tokens)
+        if rank is None:
+            return None
+        decode, rank_of_decode = self._place_of_rank[rank]
+        if self._is_colocated:
+            index = self._prefill_index[decode]
         else:
-            # Fewest requests first; of equals the one with most room, which balances KV space too.
-            load = self._num_requests[ranks] * (int(room.free_blocks.max()) + 1) - room.free_blocks[ranks]
-            rank = int(ranks[self._choose(load)])
-        decode_index = int(np.searchsorted(self._first_rank, rank, side="right")) - 1
-        decode = self._decode[decode_index]
-        prefill = decode
-        if not self._is_colocated:
-            prefill = self._prefill[self._choose_prefill(prefills, num_tokens, num_prefix_tokens)]
+            index = self._choose_prefill(num_tokens, num_prefix_tokens)
         self._turn += 1
-        placement = Placement(
-            request_id=request_id, prefill=prefill, decode=decode, rank=rank - int(self._first_rank[decode_index])
-        )
-        self._placements[request_id] = (placement, rank, num_tokens)
+        placement = Placement(request_id=request_id, prefill=self._prefill[index], decode=decode, rank=rank_of_decode)
+        self._placements[request_id] = (placement, rank, index, num_tokens)
         self._num_requests[rank] += 1
-        self._queued_tokens[prefill] += num_tokens
+        self._queued_tokens[index] += num_tokens
         return placement
 
     def drain(self, instance_id: InstanceId) -> None:
@@ -161,6 +156,8 @@ class Router:
         if instance_id not in self._prefill and instance_id not in self._decode:
             raise IllegalCall(f"instance {instance_id} is not one of this router")
         self._drained.add(instance_id)
+        self._is_open = np.array([name not in self._drained for name, _ in self._place_of_rank])
+        self._open_prefill = [i for i, name in enumerate(self._prefill) if name not in self._drained]
 
     def remove(self, instance_id: InstanceId) -> tuple[RequestId, ...]:
         """The instance is lost: drain it and release every request that still needs it; returns those requests.
@@ -170,7 +167,7 @@ class Router:
         self.drain(instance_id)
         lost = tuple(
             request_id
-            for request_id, (placement, _, queued) in self._placements.items()
+            for request_id, (placement, _, _, queued) in self._placements.items()
             if placement.decode == instance_id or (placement.prefill == instance_id and queued)
         )
         for request_id in lost:
@@ -179,65 +176,95 @@ class Router:
 
     def prefill_done(self, request_id: RequestId) -> None:
         """The prompt is computed: it loads its prefill instance no longer."""
-        placement, rank, queued = self._placed(request_id)
-        self._queued_tokens[placement.prefill] -= queued
-        self._placements[request_id] = (placement, rank, 0)
+        placement, rank, prefill_index, queued = self._placed(request_id)
+        self._queued_tokens[prefill_index] -= queued
+        self._placements[request_id] = (placement, rank, prefill_index, 0)
 
     def release(self, request_id: RequestId) -> None:
         """The request has left. Raises IllegalCall if it is not placed."""
-        placement, rank, queued = self._placed(request_id)
+        _, rank, prefill_index, queued = self._placed(request_id)
         del self._placements[request_id]
         self._num_requests[rank] -= 1
-        self._queued_tokens[placement.prefill] -= queued
+        self._queued_tokens[prefill_index] -= queued
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless the loads are the sums over the placements."""
         num_requests = np.zeros_like(self._num_requests)
-        queued = dict.fromkeys(self._prefill, 0)
-        for placement, rank, num_tokens in self._placements.values():
+        queued = [0] * len(self._prefill)
+        for request_id, (placement, rank, prefill_index, num_tokens) in self._placements.items():
             num_requests[rank] += 1
-            queued[placement.prefill] += num_tokens
-            assert placement.request_id in self._placements
-            assert placement.prefill in self._prefill
-            assert self._first_rank[self._decode.index(placement.decode)] + placement.rank == rank
+            queued[prefill_index] += num_tokens
+            assert placement.request_id == request_id
+            assert placement.prefill == self._prefill[prefill_index]
+            assert (placement.decode, placement.rank) == self._place_of_rank[rank]
         assert num_requests.tolist() == self._num_requests.tolist()
         assert queued == self._queued_tokens
 
-    def _placed(self, request_id: RequestId) -> tuple[Placement, int, int]:
+    def _placed(self, request_id: RequestId) -> tuple[Placement, int, int, int]:
         if request_id not in self._placements:
             raise IllegalCall(f"request {request_id} is not placed")
         return self._placements[request_id]
 
-    def _ranks_of(self, instance_id: InstanceId) -> slice:
-        index = self._decode.index(instance_id)
-        return slice(int(self._first_rank[index]), int(self._first_rank[index + 1]))
+    def _choose_rank(
+        self, room: Room, num_tokens: int, num_blocks: int, num_prefix_tokens: Counts | None
+    ) -> int | None:
+        """A global rank with room; None if there is none."""
+        # Fewest requests first; of equals the one with most room, which balances KV space too.
+        load = (self._num_requests << _REQUEST_SHIFT) - room.free_blocks
+        is_affine = self._policy == "prefix_affinity" and self._is_colocated and num_prefix_tokens is not None
+        is_by_load = self._policy in ("least_loaded", "prefix_affinity") and not is_affine
+        if is_by_load and self._is_open is None:
+            rank = int(load.argmin())
+            if room.free_blocks[rank] >= num_blocks and room.free_slots[rank] > 0:
+                return rank  # the least loaded of all is that of those with room too
+        fits = (room.free_blocks >= num_blocks) & (room.free_slots > 0)
+        if self._is_open is not None:
+            fits &= self._is_open
+        if is_by_load:
+            np.putmask(load, ~fits, _UNFIT)
+            rank = int(load.argmin())
+            return rank if fits[rank] else None
+        ranks = fits.nonzero()[0]
+        if not len(ranks):
+            return None
+        if is_affine:
+            assert num_prefix_tokens is not None
+            # A rank's queue in tokens, as if all its requests were like this one.
+            queued_tokens = (self._num_requests[ranks] * num_tokens).tolist()
+            return int(ranks[_by_affinity(queued_tokens, num_prefix_tokens[ranks].tolist(), num_tokens)])
+        return int(ranks[self._choose(load[ranks])])
 
-    def _choose_prefill(self, prefills: Counts, num_tokens: int, num_prefix_tokens: Counts | None) -> int:
-        """One of `prefills`, indices of prefill instances."""
-        load = np.array([self._queued_tokens[self._prefill[index]] for index in prefills], np.int64)
+    def _choose_prefill(self, num_tokens: int, num_prefix_tokens: Counts | None) -> int:
+        """Index of a prefill instance that is not drained."""
+        indices = self._open_prefill
         if self._policy == "prefix_affinity" and num_prefix_tokens is not None:
-            return int(prefills[self._by_affinity(load, num_prefix_tokens[prefills], num_tokens)])
-        return int(prefills[self._choose(load)])
+            prefixes = num_prefix_tokens.tolist()
+            queued_tokens = [self._queued_tokens[index] for index in indices]
+            return indices[_by_affinity(queued_tokens, [prefixes[index] for index in indices], num_tokens)]
+        if self._policy in ("least_loaded", "prefix_affinity"):
+            return min(indices, key=self._queued_tokens.__getitem__)
+        return indices[self._choose([self._queued_tokens[index] for index in indices])]
 
-    def _choose(self, load: Counts) -> int:
-        """Index by the policy; the lowest index of equals."""
+    def _choose(self, load: Sequence[int] | Counts) -> int:
+        """Index by round_robin or power_of_two; the lowest index of equals."""
         if self._policy == "round_robin":
             return self._turn % len(load)
-        if self._policy == "power_of_two" and len(load) > 1:
-            assert self._rng is not None
-            pair = np.sort(self._rng.choice(len(load), size=2, replace=False))
-            return int(pair[np.argmin(load[pair])])
-        return int(np.argmin(load))
+        if len(load) == 1:
+            return 0
+        assert self._rng is not None
+        pair: list[int] = self._rng.choice(len(load), size=2, replace=False).tolist()
+        first, second = sorted(pair)
+        return second if load[second] < load[first] else first
 
-    def _by_affinity(self, load: Counts, num_prefix_tokens: Counts, num_tokens: int) -> int:
-        """Longest prefix, unless it is short or the loads are too different."""
-        low, high = int(load.min()), int(load.max())
-        is_imbalanced = high - low > IMBALANCE_TOKENS and high > IMBALANCE_RATIO * low
-        best = int(num_prefix_tokens.max())
-        if is_imbalanced or best < MIN_PREFIX_SHARE * num_tokens:
-            return int(np.argmin(load))
-        candidates = np.flatnonzero(num_prefix_tokens == best)
-        return int(candidates[np.argmin(load[candidates])])
+
+def _by_affinity(load: list[int], num_prefix_tokens: list[int], num_tokens: int) -> int:
+    """Index of the longest prefix, unless it is short or the loads are too different; the lowest index of equals."""
+    low, high = min(load), max(load)
+    is_imbalanced = high - low > IMBALANCE_TOKENS and high > IMBALANCE_RATIO * low
+    best = max(num_prefix_tokens)
+    if is_imbalanced or best < MIN_PREFIX_SHARE * num_tokens:
+        return load.index(low)
+    return min((i for i, tokens in enumerate(num_prefix_tokens) if tokens == best), key=load.__getitem__)
 
 
 def source_prefill_rank(

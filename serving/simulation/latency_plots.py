@@ -69,7 +69,7 @@ def _distribution(latencies: Latencies) -> Plot:
         title="Distributions: share of requests (of gaps between tokens for ITL) within a time",
         traces=traces,
         layout={
-            "xaxis": log_axis("time [ms], logarithmic", [x for trace in traces for x in trace["x"]]),
+            "xaxis": log_axis("time [ms]", [x for trace in traces for x in trace["x"]]),
             "yaxis": axis("share [%]", range=[0, 1.01], tickformat=".0%"),
         },
         is_wide=True,
@@ -212,8 +212,8 @@ def _by_prompt(run: RunColumns) -> Plot:
         title="TTFT against the prompt's length" + (f", every {stride}th finished request" if stride > 1 else ""),
         traces=traces,
         layout={
-            "xaxis": log_axis("prompt [tokens], logarithmic", requests.num_prompt_tokens[shown].tolist()),
-            "yaxis": log_axis("TTFT [ms], logarithmic", ttft_ms.tolist()),
+            "xaxis": log_axis("prompt [tokens]", requests.num_prompt_tokens[shown].tolist()),
+            "yaxis": log_axis("TTFT [ms]", ttft_ms.tolist()),
         },
         is_wide=True,
         height_px=320,

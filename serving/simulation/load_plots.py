@@ -129,7 +129,7 @@ def instance_plots(run: RunColumns, windows: Windows) -> list[Plot]:
             key="step",
             title="Time of a step, mean over the steps' time",
             traces=by_instance(instances, when, steps, unit=" ms"),
-            layout=x | {"yaxis": log_axis("charged time [ms], logarithmic", step_ms)},
+            layout=x | {"yaxis": log_axis("charged time [ms]", step_ms)},
         ),
         Plot(
             key="kv",
@@ -181,6 +181,7 @@ def _pool(run: RunColumns, windows: Windows) -> Plot:
                 [capacity, capacity],
                 name=f"capacity, {capacity:.4g} {unit}",
                 color=GRAY,
+                mode="lines",
                 line={"dash": "dash", "width": 1},
                 # Far above the fill it would flatten it; its legend says where it is.
                 visible=True if used.max() > 0.3 * capacity else "legendonly",

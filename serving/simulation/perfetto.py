@@ -216,9 +216,10 @@ class _Trace:
             if (kind, place) not in lanes:
                 label = f"{PLANE_OF_KIND[MOVE_KINDS[kind]]} {MOVE_KINDS[kind]} {self._run.instances[place].instance_id}"
                 lanes[kind, place] = Lanes(self._tracks, "planes", label)
-            args = {"request": self._run.requests.request_ids[request], "bytes": int(moves.num_bytes[i])}
+            num_bytes = int(moves.num_bytes[i])
+            args: dict[str, Any] = {"request": self._run.requests.request_ids[request], "bytes": num_bytes}
             if end > start:
-                args["GB_per_s"] = round(args["bytes"] / (end - start), 3)
+                args["GB_per_s"] = round(num_bytes / (end - start), 3)
             event = slice_event(lanes[kind, place].take(start, end), MOVE_KINDS[kind], start, end, args)
             if MOVE_KINDS[kind] == "kv_transfer":
                 self._transfers[request] = event

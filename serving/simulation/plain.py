@@ -23,8 +23,8 @@ from serving.core.ids import RequestId
 from serving.core.request import OutcomeReason, Request
 from serving.core.router import Placement
 from serving.engine_run import StepRecord
-from serving.kv_pool import BlockMove
 from serving.plan import block_bytes
+from serving.pool_moves import BlockMove
 from serving.records import OUTCOMES
 from serving.simulation.columns import (
     MOVE_KINDS,

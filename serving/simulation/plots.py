@@ -128,16 +128,18 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 
 
 def log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
-    """A logarithmic axis over positive values, with plain labels at 1, 2 and 5 of each power of ten."""
+    """Logarithmic over positive values, labeled at 1, 2 and 5 of each power of ten; from 0 where they differ little."""
     known = [value for value in values if value is not None and value > 0] or [1.0]
     low, high = min(known), max(known)
+    if high < 5 * low:
+        return axis(title)
     steps = (1, 2, 5) if high / low < 1e4 else (1,)
     powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     ticks = [factor * 10.0**power for power in powers for factor in steps]
     margin = max(0.03 * math.log10(high / low), 0.01)
     return {
         "type": "log",
-        "title": {"text": title},
+        "title": {"text": f"{title}, logarithmic"},
         "tickmode": "array",
         "tickvals": ticks,
         "ticktext": [f"{tick:,.10g}" for tick in ticks],

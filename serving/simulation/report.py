@@ -21,6 +21,7 @@ from serving.simulation.plots import scaled_bytes
 from serving.simulation.report_page import Section, Table, page
 from serving.simulation.windows import Windows
 from serving.summary import Summary
+from serving.timings import METRICS
 from serving.workloads.workload import Workload
 
 MOST_WINDOWS = 300  # of lines and heat maps
@@ -153,8 +154,9 @@ def _figures(config: RunConfig, run: RunColumns, summary: Summary) -> Table:
 
 def _latency_table(summary: Summary) -> Table:
     rows = []
-    for metric, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "E2EL"), ("queue", "queue")):
+    for metric in METRICS:
         values = summary.simulated.get(metric)
         cells = [] if values is None else [values.mean_ms, *values.percentiles.values()]
+        label = metric if metric == "queue" else metric.upper()
         rows.append((label, *(f"{value:,.2f}" for value in cells)))
     return Table(header=("ms", "mean", *(f"p{p:g}" for p in PERCENTILES)), rows=rows)

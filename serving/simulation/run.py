@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from serving.config import RunConfig
 from serving.simulation.columns import RunColumns
+from serving.simulation.fast import run_fast
 from serving.workloads.workload import Workload
 
 
@@ -28,10 +29,13 @@ def simulate(
     `moves` keeps every movement of blocks, `digest` gives that of the events. `on_progress` is told now and then how
     many requests are over. Raises AssertionError if anything contradicts itself in the end.
     """
-    from serving.simulation.plain import run_plain  # the asyncio plane takes a while to import
-
     started = time.perf_counter()
-    columns = run_plain(config, workload, moves=moves, digest=digest, on_progress=on_progress)
+    if config.disaggregated:
+        columns = run_fast(config, workload, moves=moves, digest=digest, on_progress=on_progress)
+    else:
+        from serving.simulation.plain import run_plain  # the asyncio plane takes a while to import
+
+        columns = run_plain(config, workload, moves=moves, digest=digest, on_progress=on_progress)
     return dataclasses.replace(columns, wall_s=time.perf_counter() - started, peak_rss_bytes=peak_rss_bytes())
 
 

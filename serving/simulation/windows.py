@@ -38,8 +38,7 @@ class Windows:
     @property
     def edges_ns(self) -> Floats:
         """Shape (count + 1,)."""
-        edges: Floats = np.arange(self.count + 1, dtype=np.float64) * self.width_ns
-        return edges
+        return np.linspace(0.0, float(self.count * self.width_ns), self.count + 1)
 
     @property
     def width_s(self) -> float:
@@ -48,7 +47,7 @@ class Windows:
     @property
     def middles_s(self) -> Floats:
         """Shape (count,), seconds."""
-        return (np.arange(self.count) + 0.5) * self.width_s
+        return np.arange(0.5, self.count, dtype=np.float64) * self.width_s
 
     def totals(self, times_ns: ArrayLike, values: ArrayLike | None = None) -> Floats:
         """Sum of `values`, or number, of the instants in each window."""

@@ -35,22 +35,24 @@ def test_waves_by_hand(supernode: SupernodeSpec) -> None:
     gemm = Gemm(dataclasses.replace(supernode, fitted=fitted))
     k = 100_000
     inner = 2 * 128 * 152 * k / (INT8 / 24 * 0.5)
-    assert gemm.seconds(256, 304, k, aic=4) == pytest.approx(inner + 1e-6)
-    assert gemm.seconds(256, 304, k, aic=3) == pytest.approx(2 * (inner + 1e-6))
-    assert gemm.seconds(256, 304, k, aic=4, bf16=True) == pytest.approx(2 * inner + 1e-6)
-    assert gemm.seconds(257, 304, k, aic=6) == pytest.approx(inner + 1e-6)  # a third row of tiles
-    assert gemm.seconds(16, 304, k, aic=2) < gemm.seconds(17, 304, k, aic=2) == gemm.seconds(32, 304, k, aic=2)
+    assert gemm.product(256, 304, k).seconds(4) == pytest.approx(inner + 1e-6)
+    assert gemm.product(256, 304, k).seconds(3) == pytest.approx(2 * (inner + 1e-6))
+    assert gemm.product(256, 304, k, bf16=True).seconds(4) == pytest.approx(2 * inner + 1e-6)
+    assert gemm.product(257, 304, k).seconds(6) == pytest.approx(inner + 1e-6)  # a third row of tiles
+    assert (
+        gemm.product(16, 304, k).seconds(2) < gemm.product(17, 304, k).seconds(2) == gemm.product(32, 304, k).seconds(2)
+    )
 
 
 def test_few_rows_are_bound_by_memory(supernode: SupernodeSpec) -> None:
     """One expert's gate and up projection, 4,096 x 7,168 INT8: 29.4 MB at 84.1 % of 1.6 TB/s."""
-    seconds = Gemm(supernode).seconds(1, 4096, 7168, aic=24)
+    seconds = Gemm(supernode).product(1, 4096, 7168).seconds(24)
     assert seconds == pytest.approx((4096 * 7168 + 7168 + 2 * 4096) / (1.6e12 * 0.841))
 
 
 def test_nothing_to_do_takes_no_time(supernode: SupernodeSpec) -> None:
     gemm = Gemm(supernode)
-    assert gemm.seconds(0, 128, 128, aic=24) == gemm.seconds(128, 128, 128, groups=0, aic=24) == 0
+    assert gemm.product(0, 128, 128).seconds(24) == gemm.product(128, 128, 128, groups=0).seconds(24) == 0
     assert gemm.launched(0, 128, 128, aic=24) == supernode.rates.launch_s
 
 
@@ -62,11 +64,11 @@ def test_more_work_or_fewer_cores_never_faster(
     machine: SupernodeSpec, m: int, n: int, k: int, groups: int, aic: int, more: int
 ) -> None:
     gemm = Gemm(machine)
-    seconds = gemm.seconds(m, n, k, groups=groups, aic=aic)
-    assert seconds <= gemm.seconds(m + more, n, k, groups=groups, aic=aic)
-    assert seconds <= gemm.seconds(m, n + more, k, groups=groups, aic=aic)
-    assert seconds <= gemm.seconds(m, n, k + more, groups=groups, aic=aic)
-    assert seconds <= gemm.seconds(m, n, k, groups=groups + 1, aic=aic)
-    assert seconds >= gemm.seconds(m, n, k, groups=groups, aic=aic + more)
+    seconds = gemm.product(m, n, k, groups=groups).seconds(aic)
+    assert seconds <= gemm.product(m + more, n, k, groups=groups).seconds(aic)
+    assert seconds <= gemm.product(m, n + more, k, groups=groups).seconds(aic)
+    assert seconds <= gemm.product(m, n, k + more, groups=groups).seconds(aic)
+    assert seconds <= gemm.product(m, n, k, groups=groups + 1).seconds(aic)
+    assert seconds >= gemm.product(m, n, k, groups=groups).seconds(aic + more)
     die = machine.npu.die
     assert seconds > 2 * groups * m * n * k / (die.int8_flops_per_s * min(aic, die.num_aic) / die.num_aic)

@@ -106,8 +106,8 @@ def test_narrow_tiles_keep_every_sm_busy(h800: SupernodeSpec) -> None:
     tile_s = h800.fitted.gemm_tile_s
     core_flops_per_s = h800.fitted.gemm_utilization * 1.979e15 / 132
     inner_s = 2 * 128 * 128 * 100_000 / core_flops_per_s
-    assert Gemm(wide).seconds(128, 2112, 100_000, aic=132) == pytest.approx(inner_s + tile_s)
-    assert Gemm(narrow).seconds(128, 2112, 100_000, aic=132) == pytest.approx(inner_s / 8 + tile_s)
+    assert Gemm(wide).product(128, 2112, 100_000).seconds(132) == pytest.approx(inner_s + tile_s)
+    assert Gemm(narrow).product(128, 2112, 100_000).seconds(132) == pytest.approx(inner_s / 8 + tile_s)
 
 
 def test_decode_hides_communication_on_all_cores(h800: SupernodeSpec, deepseek_r1: ModelConfig) -> None:

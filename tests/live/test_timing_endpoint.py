@@ -90,3 +90,29 @@ def test_an_interrupted_bench_prints_what_was_finished(mock):
     assert bench.returncode == 130
     assert "Not sent (interrupted):" in stdout
     assert stderr == ""
+
+
+def test_the_full_machine_answers_without_weights():
+    """256 NPUs, of which one copy of the weights would be 2,684 GB."""
+    launch = Launch("serve", "cloudmatrix384", "--shards", "timing", "--port", "0", *settings("clock.scale=0"))
+    try:
+        body = {"prompt": "x" * 2000, "max_tokens": 8, "ignore_eos": True}
+        usage = httpx.post(f"{launch.url()}/v1/completions", json=body, timeout=PATIENCE_S).json()["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (2001, 8)
+        assert 40 < usage["simulated"]["ttft_ms"] < 80
+        assert launch.end(signal.SIGTERM) == 0
+        assert launch.leftovers() == []
+    finally:
+        launch.close()
+
+
+@pytest.mark.parametrize("verb", ["serve", "run", "replay"])
+def test_weights_that_no_machine_here_holds_are_refused_before_anything_starts(verb):
+    launch = Launch(verb, "cloudmatrix384")
+    try:
+        assert launch.wait() == 2
+        assert launch.stderr.startswith("error: model.checkpoint: random weights of 671 G parameters, 2,684 GB in fl")
+        assert launch.stderr.count("\n") == 1
+        assert launch.leftovers() == []
+    finally:
+        launch.close()

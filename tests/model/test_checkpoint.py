@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from model.checkpoint import random_tensors, tensor_specs, write_random_checkpoint
+from model.checkpoint import random_tensors, tensor_specs, write_byte_tokenizer, write_random_checkpoint
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 
@@ -75,3 +75,14 @@ def test_the_best_token_leads_by_far_more_than_rounding(base_config, reference_o
     leads = [entry.top[0][1] - entry.top[1][1] for entry in generation.logprobs]
     assert min(leads) > 1e-3
     assert np.median(leads) > 0.3
+
+
+def test_a_tokenizer_alone_has_no_placeholders(make_config, tmp_path):
+    """263 ids instead of 129,280: enough to read prompts where nothing is computed."""
+    write_byte_tokenizer(tmp_path / "new", make_config(vocab_size=129280))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["tokenizer.json"]
+    tokenizer = Tokenizer.from_file(tmp_path / "new" / "tokenizer.json")
+    assert tokenizer.vocab_size == 263
+    assert tokenizer.decode(tokenizer.encode("2 + 3 = 5 ✓")) == "2 + 3 = 5 ✓"
+    with pytest.raises(ValueError, match="vocab_size: 128 is below 263"):
+        write_byte_tokenizer(tmp_path, make_config(vocab_size=128))

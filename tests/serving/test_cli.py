@@ -11,7 +11,7 @@ from serving import cli
 
 VERBS = (
     "bench", "calibrate", "check", "estimate", "eval", "expert-load", "expert-traffic", "presets", "quantize",
-    "replay", "reproduce", "run", "serve", "simulate", "train",
+    "replay", "reproduce", "run", "serve", "simulate", "train", "verify",
 )  # fmt: skip
 
 

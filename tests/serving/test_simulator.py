@@ -183,3 +183,13 @@ def test_devices_that_cannot_be_opened_are_no_result(make_config):
 
     with pytest.raises(EngineFailure, match="nobody listens"):
         run_in_virtual_time(make_config("disaggregated"), workload_of((10, 5, 0)), open_transport=refuse)
+
+
+def test_a_prefill_instance_is_free_for_the_next_prompt_once_the_last_is_handed_over(make_config):
+    """It has blocks for one of the prompts: they decode together nevertheless."""
+    config = make_config("laptop", "instances.prefill.num_blocks=16")
+    result = simulate(config, workload_of(*[(200, 50, 0)] * 3), keep_events=True)
+    ends = [events_of(result, f"r{i}", "outcome")[0].now_ns for i in range(3)]
+    prefilled = [events_of(result, f"r{i}", "done")[0].now_ns for i in range(3)]
+    transfers = [events_of(result, f"r{i}", "kv_transfer")[0].now_ns for i in range(3)]
+    assert transfers[0] < prefilled[1] <= transfers[1] < prefilled[2] <= transfers[2] < min(ends)

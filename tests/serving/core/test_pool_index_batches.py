@@ -107,6 +107,7 @@ def test_a_commit_of_a_batch_leaves_out_what_is_not_in_progress():
 
 def test_blocks_go_to_the_host_whose_hash_with_them_is_highest():
     """The rule written out: splitmix64's finalizer of the host's number and the low 64 bits of the block's hash."""
+
     def weight(host_id, block_hash):
         seed = int.from_bytes(blake2b(str(host_id).encode(), digest_size=8).digest(), "little")
         bits = seed ^ (block_hash % 2**64)

@@ -193,6 +193,8 @@ def test_numbers_and_units_are_for_people() -> None:
     assert [scaled_bytes(n) for n in (12, 70_272, 8_589_934_592)] == ["12 B", "70.3 kB", "8.59 GB"]
     ticks = log_axis("t", [20.0, 300.0])
     assert {20, 50, 100, 200} <= set(ticks["tickvals"])
+    assert "type" not in log_axis("t", [20.0, 30.0])  # linear
+    assert "type" not in log_axis("t", [20.0, 30.0])  # linear
 
 
 def _empty(run: RunColumns) -> RunColumns:
