@@ -67,10 +67,9 @@ class WorkloadSource:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """What is set in the configuration, where that is the source."""
-        if self.trace is not None or self.name is not None:
-            return ()
-        keys = (("request_rate", self.rate), ("num_requests", self.num_requests))
+        """What is set in the configuration for it: how many requests, and the rate where the source is synthetic."""
+        is_synthetic = self.trace is None and self.name is None
+        keys = (("request_rate", self.rate if is_synthetic else None), ("num_requests", self.num_requests))
         return tuple(f"workload.{key}={value}" for key, value in keys if value is not None)
 
     def __str__(self) -> str:
