@@ -84,6 +84,8 @@ def file_digest(path: Path) -> str:
 
 def load_source(config: RunConfig, source: WorkloadSource) -> Workload:
     """The requests of `source` under `config`. Raises ConfigError, or TraceError naming line and field."""
+    if source.name is not None:
+        raise ConfigError(f"--workload: {shown(source.name)}: no workloads are built in")
     workload = load_workload(config, trace=None if source.trace is None else Path(source.trace))
     if source.rate is not None and source.trace is not None:
         last_ns = workload.requests[-1].arrival_ns

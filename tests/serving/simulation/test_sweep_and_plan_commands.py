@@ -99,7 +99,7 @@ PLAN = ("plan", "--hardware", "laptop", "--slo-ttft-ms", 400, "--slo-tpot-ms", 3
 
 
 def test_a_plan_names_what_holds_and_why_others_lost(supernode, tmp_path):
-    code, text, err = supernode(*PLAN, "--rate", 100, "--json", tmp_path / "p.json")
+    code, text, err = supernode(*PLAN, "--rate", 400, "--json", tmp_path / "p.json")
     assert code == 0, err
     told = json.loads((tmp_path / "p.json").read_text())
     chosen = told["chosen"]
@@ -110,7 +110,7 @@ def test_a_plan_names_what_holds_and_why_others_lost(supernode, tmp_path):
     assert f"{told['num_simulations']} simulations in " in text
     assert "Why the others lost:" in text
     assert all(trial["holds"] or trial["reasons"] for trial in told["trials"])
-    again = supernode(*PLAN, "--rate", 100, "--json", tmp_path / "q.json")
+    again = supernode(*PLAN, "--rate", 400, "--json", tmp_path / "q.json")
     other = json.loads((tmp_path / "q.json").read_text())
     assert again[0] == 0
     assert {k: v for k, v in told.items() if k != "wall_s"} == {k: v for k, v in other.items() if k != "wall_s"}
