@@ -139,14 +139,18 @@ def _draw_html(
             hovertemplate="%{text}<br>TPOT %{x:.2f} ms<br>%{y:,.1f} tok/s/NPU<extra></extra>",
         )
     figure.update_layout(
-        title=title, xaxis_title=_X_TITLE, yaxis_title=_Y_TITLE, template="plotly_white", hovermode="closest"
+        title=title,
+        xaxis_title=_X_TITLE,
+        yaxis_title=_Y_TITLE,
+        template="plotly_white",
+        hovermode="closest",
+        height=620,
     )
     # A fixed element id: the same rows give the same bytes.
     figure.write_html(
         path,
         include_plotlyjs=True,
         div_id="pareto",
-        default_height="95vh",
         config={"displaylogo": False, "responsive": True},
     )
 

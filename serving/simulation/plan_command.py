@@ -105,6 +105,8 @@ def format_plan(found: "Plan", planner: "Planner", *, by_rate: bool) -> str:
         lines += [f"  {line}" for line in (*losers[:MAX_LOSERS], *found.notes)]
         if len(losers) > MAX_LOSERS:
             lines.append(f"  and {len(losers) - MAX_LOSERS} more")
+    if by_rate and found.chosen is not None and found.chosen.split == planner.split(1, 1):
+        lines.append("No smaller deployment exists.")
     if not found.is_complete:
         lines.append(f"The search stopped after {len(planner.trials)} simulations; better ones may exist.")
     return "\n".join(lines)

@@ -24,7 +24,7 @@ from serving.errors import ConfigError
 from serving.simulation.capacity import decode_tokens_per_s, prefill_tokens_per_s
 from serving.simulation.plan_trials import Caps, Plan, Split, Trial
 from serving.simulation.run_source import WorkloadSource, mean_lengths, run_source
-from serving.simulation.slo import Slo, attain
+from serving.simulation.slo import Attained, Slo, attain
 
 DECODE_CAPS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)  # shares of the preset's max_num_seqs, falling
 PREFILL_CAPS = (1.0, 0.5, 0.25)  # shares of the preset's max_num_batched_tokens
@@ -34,6 +34,14 @@ MIN_REQUESTS = 400  # so that 200 are measured, two of which are beyond the 99th
 RATE_STEP = 1.02  # between neighboring rates: how exactly the highest is found
 LOWEST_STEP = -300  # below 1/380 of the first guess nothing is looked for
 SPARE_DECODE = 2  # decode instances are tried up to twice what the estimate wants, and so many more
+
+
+Judge = Callable[[RunConfig, WorkloadSource, Slo], Attained]
+
+
+def simulate_and_judge(config: RunConfig, source: WorkloadSource, slo: Slo) -> Attained:
+    """What one simulation attained."""
+    return attain(run_source(config, source), slo)
 
 
 class _Exhausted(Exception):
@@ -52,10 +60,11 @@ class Planner:
         slo: Slo,
         max_simulations: int = 100,
         on_trial: Callable[[Split, float], object] = lambda split, rate: None,
+        judge: Judge = simulate_and_judge,
     ) -> None:
         """Raises ConfigError if the preset is not disaggregated, or its workload cannot be read."""
         self._preset, self._overrides, self._source, self._slo = preset, tuple(overrides), source, slo
-        self._max_simulations, self._on_trial = max_simulations, on_trial
+        self._max_simulations, self._on_trial, self._judge = max_simulations, on_trial, judge
         self.base: RunConfig = load_config(preset, self._overrides)
         if not self.base.disaggregated:
             raise ConfigError(f"{preset}: has no prefill and decode instances, whose numbers a plan chooses")
@@ -78,8 +87,8 @@ class Planner:
         least = max(1, math.ceil(wanted / ESTIMATE_SLACK))
         if least > 1:
             plan.notes.append(
-                f"{least - 1} decode or fewer: not tried; by the estimate one holds {self._decode_rate:,.2f} req/s "
-                f"at most within this TPOT, {rate:,.4g} arrive"
+                f"{least - 1} decode or fewer: not tried; by the estimate one holds at most {self._decode_rate:,.2f} "
+                f"req/s within this TPOT, {rate:,.4g} arrive"
             )
         guess = math.ceil(rate / self._prefill_rate) if self._prefill_rate else 1
         limit = self.base.hardware.num_npus
@@ -116,20 +125,21 @@ class Planner:
         plan.chosen = max(plan.held, key=lambda trial: trial.rate, default=None)
         return plan
 
-    def _split(self, prefill: int, decode: int) -> Split:
+    def split(self, prefill: int, decode: int) -> Split:
+        """So many instances of each role."""
         return Split(prefill=prefill, decode=decode, num_npus=prefill * self._npus[0] + decode * self._npus[1])
 
     def _maximal_splits(self, num_npus: int) -> list[Split]:
         """Splits to which no instance can be added."""
         limit = min(num_npus, self.base.hardware.num_npus)
-        smallest = self._split(1, 1)
+        smallest = self.split(1, 1)
         if smallest.num_npus > limit:
             raise ConfigError(
                 f"--npus: {num_npus}, but one prefill and one decode instance of {self._preset} take "
                 f"{smallest.num_npus}, and {self.base.hardware.name} has {self.base.hardware.num_npus}"
             )
         rows = [
-            self._split((limit - decode * self._npus[1]) // self._npus[0], decode)
+            self.split((limit - decode * self._npus[1]) // self._npus[0], decode)
             for decode in range(1, (limit - self._npus[0]) // self._npus[1] + 1)
         ]
         return [one for one, after in pairwise(rows) if one.prefill > after.prefill] + rows[-1:]
@@ -144,7 +154,7 @@ class Planner:
         low, high, found = 0, most + 1, False  # low fails, high holds or is too many
         number = min(guess, most)
         while high - low > 1:
-            trial, more_may_help = self._holds(plan, self._split(number, decode), rate)
+            trial, more_may_help = self._holds(plan, self.split(number, decode), rate)
             if trial.holds:
                 high, found = number, True
             elif not more_may_help:
@@ -185,7 +195,7 @@ class Planner:
         tried: list[Trial] = []
         decode_caps, prefill_caps = list(self._decode_caps), list(self._prefill_caps)
         while decode_caps and prefill_caps:
-            tried.append(self._try(split, Caps(decode=decode_caps[0], prefill=prefill_caps[0]), rate))
+            tried.append(self.trial(split, Caps(decode=decode_caps[0], prefill=prefill_caps[0]), rate))
             last = tried[-1].attained
             if last is None or last.holds or not last.is_stable or last.num_lost:
                 break
@@ -203,7 +213,8 @@ class Planner:
         runs = [trial.attained for trial in tried if trial.attained is not None]
         return best, any(not run.keeps_up and not run.is_decode_bound for run in runs)
 
-    def _try(self, split: Split, caps: Caps, rate: float) -> Trial:
+    def trial(self, split: Split, caps: Caps, rate: float) -> Trial:
+        """Simulate, unless it was done before."""
         known = self.trials.get((split, caps, rate))
         if known is not None:
             return known
@@ -225,7 +236,7 @@ class Planner:
         except ConfigError as mistake:  # too many for the machine, say
             error = str(mistake)
         else:
-            attained = attain(run_source(config, source), self._slo)
+            attained = self._judge(config, source, self._slo)
         trial = Trial(split=split, caps=caps, rate=rate, attained=attained, error=error)
         self.trials[split, caps, rate] = trial
         return trial

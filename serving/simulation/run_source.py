@@ -67,10 +67,9 @@ class WorkloadSource:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """What is set in the configuration, where that is the source."""
-        if self.trace is not None or self.name is not None:
-            return ()
-        keys = (("request_rate", self.rate), ("num_requests", self.num_requests))
+        """What is set in the configuration for it: how many requests, and the rate where the source is synthetic."""
+        is_synthetic = self.trace is None and self.name is None
+        keys = (("request_rate", self.rate if is_synthetic else None), ("num_requests", self.num_requests))
         return tuple(f"workload.{key}={value}" for key, value in keys if value is not None)
 
     def __str__(self) -> str:
@@ -85,6 +84,8 @@ def file_digest(path: Path) -> str:
 
 def load_source(config: RunConfig, source: WorkloadSource) -> Workload:
     """The requests of `source` under `config`. Raises ConfigError, or TraceError naming line and field."""
+    if source.name is not None:
+        raise ConfigError(f"--workload: {shown(source.name)}: no workloads are built in")
     workload = load_workload(config, trace=None if source.trace is None else Path(source.trace))
     if source.rate is not None and source.trace is not None:
         last_ns = workload.requests[-1].arrival_ns

@@ -10,8 +10,8 @@ import pytest
 from serving import cli
 
 VERBS = (
-    "bench", "calibrate", "check", "estimate", "eval", "expert-load", "expert-traffic", "presets", "quantize",
-    "replay", "reproduce", "run", "serve", "simulate", "train", "verify",
+    "bench", "calibrate", "check", "estimate", "eval", "expert-load", "expert-traffic", "plan", "presets", "quantize",
+    "replay", "reproduce", "run", "serve", "simulate", "sweep", "train", "verify",
 )  # fmt: skip
 
 
