@@ -13,6 +13,7 @@ from devices.operators import Operators
 from devices.pipeline import Role, StepLoad, StepTime, StepTimeModel, StepWork
 from devices.spec import SupernodeSpec
 from devices.step_load import slowest_ranks
+from devices.step_work import BreakdownSum
 from model.config import ModelConfig
 
 ROLES: list[tuple[Role, int]] = [("prefill", 32), ("decode", 320), ("colocated", 4)]
