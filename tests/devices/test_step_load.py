@@ -142,7 +142,7 @@ def test_breakdowns_add_up_over_steps(supernode: SupernodeSpec, deepseek_r1: Mod
     assert sum(totals.values()) == sum(time.ns for time in times)
     assert totals["launch"] == 20 * 700_000
     for name, total_ns in totals.items():
-        assert total_ns == pytest.approx(sum(time.breakdown.get(name, 0) for time in times), abs=2 * len(times))
+        assert total_ns == pytest.approx(sum(time.breakdown.get(name, 0) for time in times), abs=30 * len(times))
 
 
 def test_the_longest_part_takes_what_rounding_leaves() -> None:
