@@ -72,11 +72,11 @@ class Operators:
 
         `tokens` of the rank that has most; `context` and `kv` of every rank: token pairs, and cached tokens to read.
         """
-        core = self.absorbed_core(context, kv, aic=aic)
+        core = self.absorbed_core(context, kv, aic)
         prolog, o_proj, activations = self.around_absorbed(tokens, aic)
         return {"mla_prolog": prolog, "attention": core, "o_proj": o_proj, "activations": activations}
 
-    def absorbed_core(self, context: PerRank, kv: PerRank, *, aic: int) -> float:
+    def absorbed_core(self, context: PerRank, kv: PerRank, aic: int) -> float:
         """Its fused attention alone."""
         flops = self._flops.attention_absorbed_per_context_token
         return self._attention(context, kv, flops, self._latent_bytes, aic) + self._launch_s

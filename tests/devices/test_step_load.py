@@ -150,3 +150,25 @@ def test_the_longest_part_takes_what_rounding_leaves() -> None:
     assert (time.ns, dict(time.breakdown)) == (4, {"a": 1, "b": 3})
     assert time == StepTime(ns=4, breakdown={"a": 1, "b": 3})
     assert StepTime.of_seconds({}) == StepTime(ns=0, breakdown={})
+
+
+@pytest.mark.parametrize("options", [{}, {"num_speculative_tokens": 1}, {"mtp_pipelined": False}])
+@pytest.mark.parametrize("ep", [8, 320])
+def test_steps_with_known_counts_are_sums_of_their_details(
+    supernode: SupernodeSpec, deepseek_r1: ModelConfig, ep: int, options: dict[str, Any]
+) -> None:
+    """Bit by bit: only attention's core is worked out again."""
+    rng, model = np.random.default_rng(4), time_model(deepseek_r1, supernode, "decode", ep, **options)
+    work = random_work(rng, 40)
+    for _ in range(60):
+        factor = float(rng.uniform(0.2, 5))
+        work = dataclasses.replace(
+            work,
+            num_context_tokens=np.rint(work.num_context_tokens * factor).astype(np.int64),
+            num_kv_tokens=np.rint(work.num_kv_tokens * factor).astype(np.int64),
+        )
+        if work.num_kv_tokens.max() > 10**8 or not work.num_kv_tokens.any():
+            work = random_work(rng, int(rng.choice([1, 4, 40])))
+        detail, time = model.detail(work), model.step(work)
+        assert time == StepTime.of_seconds(detail.exposed)
+        assert list(time.breakdown) == list(StepTime.of_seconds(detail.exposed).breakdown)
