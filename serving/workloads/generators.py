@@ -133,13 +133,11 @@ def _pieces(generator: Generator, prompts: SessionPrompts, num_input: Ints, leng
     num_system = np.minimum(-(-generator.sessions.system_prompt_tokens // length_divisor), num_input)
     num_shared = np.clip(-(-prompts.num_session_tokens // length_divisor), num_system, num_input)
     tokens = np.stack([num_system, num_shared - num_system, num_input - num_shared], axis=1)
-    streams = np.stack([np.zeros(count, np.int64), 2 * prompts.session + 2, 2 * np.arange(count) + 1], axis=1)
     is_there = tokens > 0
-    return {
-        "offsets": offsets_of(is_there.sum(axis=1)),
-        "streams": streams[is_there],
-        "stream_tokens": tokens[is_there],
-    }
+    columns = {"offsets": offsets_of(is_there.sum(axis=1)), "stream_tokens": tokens[is_there]}
+    del tokens  # of a million requests not both at once
+    streams = np.stack([np.zeros(count, np.int64), 2 * prompts.session + 2, 2 * np.arange(count) + 1], axis=1)
+    return columns | {"streams": streams[is_there]}
 
 
 def _parse(data: dict[str, Any]) -> Generator:

@@ -72,13 +72,14 @@ def draw_sessions(model: SessionModel, rng: np.random.Generator, count: int, *, 
         probability = model.go_on[min(len(turns) - 2, len(model.go_on) - 1)]
         is_large = ~is_branch & (growth >= model.large_growth_tokens)
         goes_on = rng.random(len(session)) < np.where(is_large, model.go_on_after_large, probability)
-    session, after_s, num_tokens, num_shared = (np.concatenate(column) for column in zip(*turns, strict=True))
+    sessions, times_s, num_tokens, num_shared = zip(*turns, strict=True)
+    session = np.concatenate(sessions)
     starts_s = np.arange(count) * (len(session) / count / rate_per_s)
-    order = np.argsort(starts_s[session] + after_s, kind="stable")[:count]
+    order = np.argsort(starts_s[session] + np.concatenate(times_s), kind="stable")[:count].copy()
     return SessionPrompts(
         session=session[order],
-        num_tokens=np.rint(num_tokens[order]).astype(np.int64),
-        num_session_tokens=np.rint(num_shared[order]).astype(np.int64),
+        num_tokens=np.rint(np.concatenate(num_tokens)[order]).astype(np.int64),
+        num_session_tokens=np.rint(np.concatenate(num_shared)[order]).astype(np.int64),
     )
 
 
