@@ -6,7 +6,8 @@ import json
 import pytest
 
 from serving.errors import ConfigError, EngineFailure
-from serving.simulator import load_workload, run_in_virtual_time, simulate
+from serving.simulator import run_in_virtual_time, simulate
+from serving.workloads.load import load_workload
 from serving.workloads.requests import WorkloadRequest
 from serving.workloads.traces import TraceError
 from serving.workloads.workload import Workload
