@@ -31,6 +31,7 @@ def load_workload(
 ) -> Workload:
     """The workload of a run: `trace`, else the generator `name`, else the configuration's, else synthetic prompts.
 
+    Asked for by `name`, a generator has its fitted arrivals, whatever rate the configuration has for its own workload.
     `rate`, in requests per second, stretches or compresses a trace's times, and sets that of the others. `duration_s`
     and `num_requests` cut; by default the configuration's own do, where it has them. `trace_divisor` divides the
     lengths of a trace or a generator. Lengths of a generator are cut to the context, those of a trace only with a
@@ -72,7 +73,7 @@ def load_workload(
             num_requests=num_requests,
             duration_s=duration_s,
             seed=seed,
-            arrivals=_arrivals(section, rate, load_generator(name).arrivals),
+            arrivals=_arrivals(section, rate, load_generator(name).arrivals, is_own=name == section.name),
             length_divisor=trace_divisor,
             vocabulary=vocabulary,
         )
@@ -107,9 +108,14 @@ def _at_rate(workload: Workload, rate: float) -> Workload:
     return workload.with_rate_factor(rate * span_s / len(workload))
 
 
-def _arrivals(section: WorkloadSection, rate: float | None, fitted: Arrivals | None = None) -> Arrivals:
-    """The process that the section names; of a `fitted` one it changes what is set. A `rate` replaces a ramp too."""
-    is_set = section.model_fields_set
+def _arrivals(
+    section: WorkloadSection, rate: float | None, fitted: Arrivals | None = None, *, is_own: bool = True
+) -> Arrivals:
+    """The process that the section names; of a `fitted` one it changes what is set. A `rate` replaces a ramp too.
+
+    A section whose own workload (`is_own`) is another one tells nothing of rates, only of ramps and bursts.
+    """
+    is_set = section.model_fields_set if is_own else frozenset[str]()
     ramp_up = None if rate is not None else _ramp_up(section)
     if rate is None:
         rate = math.inf if section.request_rate == "inf" else section.request_rate
