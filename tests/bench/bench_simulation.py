@@ -1,7 +1,8 @@
-"""How fast full-size systems are simulated; every figure from a process of its own, from its start to its end.
+"""How fast systems are simulated; every figure from a process of its own, from its start to its end.
 
-`python -m tests.bench.bench_simulation [--only requests,trace,hour,linear] [--trace F] [--plot F.png] [--duration S]`
+`python -m tests.bench.bench_simulation [--only laptop,requests,trace,hour,linear] [--trace F] [--plot F.png] [--duration S]`
 
+- laptop: 2,000 requests on the laptop preset, as a command.
 - requests: 2,000 requests of 4,096 + 256 tokens, Poisson, on cloudmatrix384, as a command.
 - trace: Mooncake's conversation trace (FAST25-release/traces) on cloudmatrix384, as a command. Its file is named by
   --trace or the environment variable MOONCAKE_TRACE, and skipped without one.
@@ -67,6 +68,14 @@ def cost_lines(cost: Cost, *, wall_bar: float | None = None, rss_bar_mb: float |
 def median_of(runs: Sequence[tuple[Cost, dict[str, Any]]]) -> tuple[Cost, dict[str, Any]]:
     """The run with the median simulation time."""
     return sorted(runs, key=lambda run: run[1]["machine"]["wall_s"])[len(runs) // 2]
+
+
+def bench_laptop() -> None:
+    print(f"2,000 requests, laptop (median of {REPEATS} runs)")
+    cost, figures = median_of([commanded("laptop", "--set", "workload.num_requests=2000") for _ in range(REPEATS)])
+    line("simulation, wall", figures["machine"]["wall_s"], "s")
+    line("simulated seconds per second", figures["machine"]["simulated_s_per_wall_s"], "", bar=100, least=True)
+    cost_lines(cost)
 
 
 def bench_requests() -> None:
@@ -195,7 +204,7 @@ def draw(path: Path, by_requests: Sequence[tuple[float, float]], by_tokens: Sequ
 
 def main(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("requests", "trace", "hour", "linear")
+    names = ("laptop", "requests", "trace", "hour", "linear")
     parser.add_argument("--only", default=",".join(names), help=f"some of {','.join(names)}")
     parser.add_argument("--trace", type=Path, default=os.environ.get("MOONCAKE_TRACE"))
     parser.add_argument("--duration", type=float, default=HOUR_S, help="seconds of arrivals of `hour`")
@@ -206,6 +215,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     if unknown := set(chosen) - set(names):
         parser.error(f"--only: {', '.join(sorted(unknown))} is not one of {', '.join(names)}")
     print(f"load of this machine before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    if "laptop" in chosen:
+        bench_laptop()
     if "requests" in chosen:
         bench_requests()
     if "trace" in chosen:

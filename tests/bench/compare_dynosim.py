@@ -143,9 +143,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             {"DynoSim": lambda: dynosim(interpreter, *SYNTHETIC), "ours": lambda: ours(*REQUESTS)},
         )
         if options.trace is None or not Path(options.trace).exists():
-            print(
-                f"\nMooncake conversation trace: skipped, {options.trace or 'no file given'} (--trace, MOONCAKE_TRACE)"
-            )
+            print(f"\nMooncake conversation trace: skipped, {options.trace or 'no file given'} (--trace)")
             return
         trace = Path(options.trace).absolute()
         plain = trace  # DynoSim reads plain files
