@@ -1,6 +1,6 @@
 """How fast systems are simulated; every figure from a process of its own, from its start to its end.
 
-`python -m tests.bench.bench_simulation [--only laptop,requests,trace,hour,linear] [--trace F] [--plot F.png] [--duration S]`
+`python -m tests.bench.bench_simulation [--only NAMES] [--trace F] [--plot F.png] [--duration S] [--rate R]`
 
 - laptop: 2,000 requests on the laptop preset, as a command.
 - requests: 2,000 requests of 4,096 + 256 tokens, Poisson, on cloudmatrix384, as a command.
@@ -27,8 +27,12 @@ from tests.bench.measured import Cost, cost_of
 from tests.bench.simulated_run import Run, as_argument
 
 SIMULATE = (sys.executable, "-m", "serving.cli", "simulate")
-REQUESTS = ("cloudmatrix384", "--set", "workload.num_requests=2000", "--set", "workload.request_rate=100")
-REQUESTS += ("--set", "workload.range_ratio=0")  # 4,096 + 256 tokens each, as the preset has them but for the range
+REQUESTS = (  # 4,096 + 256 tokens each, as the preset has them but for its range
+    "cloudmatrix384",
+    "--set=workload.num_requests=2000",
+    "--set=workload.request_rate=100",
+    "--set=workload.range_ratio=0",
+)
 REPEATS = 5  # of what takes a second; medians are printed
 HOUR_S = 3600.0
 # The most that four prefill instances hold: at 200 no queue grows for an hour, at 210 theirs does.

@@ -150,7 +150,15 @@ def main(arguments: Sequence[str] = ()) -> None:
         if trace.suffix == ".gz":
             plain = Path(folder) / "trace.jsonl"
             plain.write_bytes(gzip.decompress(trace.read_bytes()))
-        theirs = (str(plain), "--trace-format", "mooncake", "--trace-block-size", "512", "--num-workers", "16")
+        theirs: tuple[str, ...] = (
+            str(plain),
+            "--trace-format",
+            "mooncake",
+            "--trace-block-size",
+            "512",
+            "--num-workers",
+            "16",
+        )
         theirs += ("--extra-engine-args", json.dumps(TRACE_WORKERS), "--router-mode")
         mine = ("cloudmatrix384", "--trace", str(trace), "--set", "workload.num_requests=1000000")
         compare(
