@@ -38,6 +38,8 @@ HOUR_S = 3600.0
 # The most that four prefill instances hold: at 200 no queue grows for an hour, at 210 theirs does.
 REASONING_RATE = 200.0
 FACTORS = (1, 2, 4, 8)
+BATCH = 1280  # requests, 4 for each of 320 ranks
+OUTPUT_LENS = (1024, 16_384)  # of 8x as many requests a rank's KV holds the longer ones: 32 x 33 blocks of 1,150
 
 
 def commanded(*arguments: str) -> tuple[Cost, dict[str, Any]]:
@@ -150,27 +152,24 @@ def linear_requests() -> list[tuple[float, float]]:
 
 
 def linear_tokens() -> list[tuple[float, float]]:
-    """(tokens per decode step, seconds per step): at 8x the load a step has 8x the rows, over as many seconds.
+    """(tokens per decode step, seconds per step): requests that arrive together and decode for long.
 
-    Time for requests, which are 8 times as many too, is taken off with a second run that differs only in the length
-    of outputs: what is divided is the difference of both runs in time by that in steps.
+    Two runs differ only in the length of outputs: what is divided is their difference in time by that in steps. So
+    what requests cost, of which a larger batch has more, is left out.
     """
     points = []
     for factor in FACTORS:
-        cpu: list[list[float]] = [[], []]
-        steps, tokens = [0, 0], 0.0
+        batch = BATCH * factor
+        runs: dict[int, list[dict[str, Any]]] = {output_len: [] for output_len in OUTPUT_LENS}
         for _ in range(3):
-            for which, output_len in enumerate((256, 1024)):
-                run = Run(
-                    config="cloudmatrix384", rate=40.0 * factor, num_requests=1000 * factor, input_len=512,
-                    output_len=output_len,
-                )  # fmt: skip
-                _, figures = run_alone(run)
-                cpu[which].append(figures["simulation_cpu_s"])
-                steps[which], tokens = figures["num_decode_steps"], figures["tokens_per_decode_step"]
-        seconds = (statistics.median(cpu[1]) - statistics.median(cpu[0])) / (steps[1] - steps[0])
-        points.append((tokens, seconds))
-        line(f"{tokens:.0f} tokens in a decode step", 1e6 * seconds, "us per step", more=f"{steps[1]} steps")
+            for output_len, figures_of_len in runs.items():
+                run = Run(config="cloudmatrix384", rate=1e5, num_requests=batch, input_len=64, output_len=output_len)
+                figures_of_len.append(run_alone(run)[1])
+        less, more = (statistics.median(f["simulation_cpu_s"] for f in figures) for figures in runs.values())
+        num_less, num_more = (figures[0]["num_decode_steps"] for figures in runs.values())
+        seconds = (more - less) / (num_more - num_less)
+        points.append((2.0 * batch, seconds))  # a draft each
+        line(f"{2 * batch} tokens in a decode step", 1e6 * seconds, "us per step", more=f"{num_more} steps")
     return points
 
 
@@ -193,7 +192,7 @@ def draw(path: Path, by_requests: Sequence[tuple[float, float]], by_tokens: Sequ
 
     panels = (
         (by_requests, "requests of 4,096 + 256 tokens", "CPU microseconds per request"),
-        (by_tokens, "tokens in a mean decode step of 320 ranks", "CPU microseconds per decode step"),
+        (by_tokens, "tokens in a decode step of 320 ranks", "CPU microseconds per decode step"),
     )
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, (points, x_label, y_label) in zip(axes, panels, strict=True):
