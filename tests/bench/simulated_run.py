@@ -120,6 +120,8 @@ def _role_figures(columns: RunColumns, role: str, until_s: float) -> dict[str, f
         seen = instance.start_ns < until_s * 1e9
         spent_ns = (ends_ns - instance.start_ns)[seen]
         busy.append(float(spent_ns.sum() / (until_s * 1e9)))
+        if not spent_ns.sum():
+            continue
         num_slots = instance.num_ranks * instance.max_num_seqs
         slots.append(float(spent_ns @ instance.num_seqs[seen] / spent_ns.sum() / num_slots))
         kv.append(float(spent_ns @ instance.num_used_blocks[seen] / spent_ns.sum() / instance.num_blocks))
@@ -128,8 +130,8 @@ def _role_figures(columns: RunColumns, role: str, until_s: float) -> dict[str, f
     return {
         "least_busy": min(busy),
         "most_busy": max(busy),
-        "slots_used": sum(slots) / len(slots),
-        "kv_used": sum(kv) / len(kv),
+        "slots_used": sum(slots) / len(slots) if slots else 0.0,
+        "kv_used": sum(kv) / len(kv) if kv else 0.0,
         "tokens_per_s_per_npu": tokens / until_s / num_npus,
     }
 
