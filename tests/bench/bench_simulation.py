@@ -35,7 +35,7 @@ REQUESTS = (  # 4,096 + 256 tokens each, as the preset has them but for its rang
 )
 REPEATS = 5  # of what takes a second; medians are printed
 HOUR_S = 3600.0
-# The most that four prefill instances hold: at 200 no queue grows for an hour, at 210 theirs does.
+# As much as prefill holds: its queue comes and goes; at 210 it is always there, at 220 it grows by 10 per second.
 REASONING_RATE = 200.0
 FACTORS = (1, 2, 4, 8)
 BATCH = 1280  # requests, 4 for each of 320 ranks
