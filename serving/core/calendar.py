@@ -64,6 +64,10 @@ class Calendar:
 
     def columns(self, step: int, num_steps: int, ranks: Counts) -> NDArray[np.int64]:
         """Counts of some ranks in a run of steps, shape (len(ranks), num_steps)."""
+        first = step & self._mask
+        if first + num_steps <= self._mask + 1:
+            near: NDArray[np.int64] = self._counts[ranks, first : first + num_steps].astype(np.int64)
+            return near
         steps = np.arange(step, step + num_steps) & self._mask
         counts: NDArray[np.int64] = self._counts[ranks[:, None], steps].astype(np.int64)
         return counts
