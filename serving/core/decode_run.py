@@ -43,6 +43,7 @@ class DecodeRun:
     ranks: Ints | None  # whose columns follow; None: all of them
     brought: Ints  # (ranks, steps) tokens that each step brings, as the calendars count them
     growth: Ints  # (ranks, steps) blocks that each step takes
+    total_growth: list[int]  # of all ranks, by step
     pressed: PressedStep | None
     used_blocks: list[int] = field(
         default_factory=list
@@ -52,12 +53,13 @@ class DecodeRun:
         """So many of its steps have begun: take their blocks."""
         state = self.state
         for i in range(len(self.used_blocks), num_steps):
-            column = self.growth[:, i]
-            if self.ranks is None:
-                state.free_blocks -= column
-            else:
-                state.free_blocks[self.ranks] -= column
-            state.num_used_blocks += int(column.sum())
+            if self.total_growth[i]:  # most steps take none
+                column = self.growth[:, i]
+                if self.ranks is None:
+                    state.free_blocks -= column
+                else:
+                    state.free_blocks[self.ranks] -= column
+                state.num_used_blocks += self.total_growth[i]
             self.used_blocks.append(state.num_used_blocks)
 
     def has_room(self, rank: int, num_steps: int) -> bool:
@@ -66,13 +68,13 @@ class DecodeRun:
         if self.ranks is not None and (index == len(self.ranks) or self.ranks[index] != rank):
             return True
         growth = self.growth[index, len(self.used_blocks) : num_steps]
-        return bool(self.state.free_blocks[rank] >= growth.sum())
+        return bool(self.state.free_blocks[rank] >= np.add.reduce(growth))
 
     def finish(self, num_steps: int) -> list[DecodeRow]:
         """So many of its steps, all that have begun, are over; returns the rows that ended in the last."""
         self.begin(num_steps)
         state = self.state
-        brought = self.brought[:, 0] if num_steps == 1 else self.brought[:, :num_steps].sum(axis=1)
+        brought = self.brought[:, 0] if num_steps == 1 else np.add.reduce(self.brought[:, :num_steps], axis=1)
         if self.ranks is None:
             state.num_tokens += brought
         else:
@@ -143,7 +145,7 @@ class DecodePlanner:
             context += drafted
             kv, tokens = num_tokens + drafted, num_seqs + drafted
             total_drafts = total_seqs - len(undrafted)
-            total_accepted = int(accepted.sum()) - sum(state.excess(row) for row in state.ends.get(step, ()))
+            total_accepted = int(np.add.reduce(accepted)) - sum(state.excess(row) for row in state.ends.get(step, ()))
         if pressed is not None:
             num_seqs, tokens, context, kv = pressed.add_to(num_seqs, tokens, context, kv)
             total_seqs += pressed.num_seqs
@@ -167,7 +169,8 @@ class DecodePlanner:
             )
         elif pressed is None or not pressed.preempted:
             return None
-        columns = brought[:, None], growth.astype(np.int64)[:, None]
+        total_growth = [int(np.add.reduce(growth))]
+        columns = brought[:, None], growth.astype(np.int64)[:, None], total_growth
         return DecodeRun(state, steps, joined, None, *columns, pressed)
 
     def _plan_many(self, num_steps: int, has_end: bool, leading: list[DecodeRow]) -> DecodeRun | None:
@@ -175,8 +178,9 @@ class DecodePlanner:
         state, step = self._state, self._state.step
         ranks = state.num_seqs.nonzero()[0]
         growth = state.growth.columns(step, num_steps, ranks)
+        total_growth: list[int] = np.add.reduce(growth, axis=0).tolist()
         free_blocks = state.free_blocks[ranks]
-        if (growth.sum(axis=1) > free_blocks).any():
+        if any(total_growth) and (np.add.reduce(growth, axis=1) > free_blocks).any():
             lacks = (growth.cumsum(axis=1) > free_blocks[:, None]).any(axis=0)
             num_steps, has_end = int(lacks.argmax()), False
             if num_steps == 0:
@@ -210,7 +214,7 @@ class DecodePlanner:
                         context[index, column] -= row_tokens + 1
                     max_tokens[column] = int(tokens.max())
                     total_drafts[column] -= len(rows)
-            total_accepted = accepted.sum(axis=0).tolist()
+            total_accepted = np.add.reduce(accepted, axis=0).tolist()
             if has_end:
                 total_accepted[-1] -= sum(state.excess(row) for row in state.ends[step + num_steps - 1])
         first_ranks, second_ranks = context.argmax(axis=0).tolist(), kv.argmax(axis=0).tolist()
@@ -234,7 +238,7 @@ class DecodePlanner:
                     total_seqs + right,
                 )
             )
-        return DecodeRun(state, steps, [], ranks, brought, growth, None)
+        return DecodeRun(state, steps, [], ranks, brought, growth, total_growth, None)
 
     def _undrafted(self, leading: list[DecodeRow], last_step: int | None) -> list[tuple[int, int]]:
         """Rank and known tokens of rows that verify no draft: new ones; those that lack one token in `last_step`."""
