@@ -46,7 +46,7 @@ from serving.simulation.step_notes import StepNotes
 from serving.workloads.workload import Workload
 
 PLANES: tuple[PlaneName, ...] = ("ub", "rdma", "vpc")
-MAX_RUN_STEPS = 16  # decided at once; most runs are shorter, since somebody joins or ends
+MAX_RUN_STEPS = 32  # decided at once; most runs are shorter, since somebody joins or ends
 
 
 def run_fast(
