@@ -44,7 +44,6 @@ def write_report(
     """Write the report of a run, about 5 MB, nearly all of it plotly.js; `name` is that of the configuration.
 
     Values in plots are rounded to six digits. Lines have at most 300 points whatever the size of the run.
-    ModuleNotFoundError without plotly.
     """
     path.write_text(report_html(config, workload, run, name=name, goodput=goodput), encoding="utf-8")
 

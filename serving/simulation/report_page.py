@@ -80,7 +80,7 @@ class Section:
 def page(
     *, title: str, subtitle: str, warnings: Sequence[str], tables: Sequence[Table], sections: Sequence[Section]
 ) -> str:
-    """The whole file. ModuleNotFoundError with what to install if plotly is missing."""
+    """The whole file."""
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -101,10 +101,8 @@ def page(
 
 
 def _plotly_js() -> str:
-    try:
-        from plotly.offline import get_plotlyjs  # only here: nobody else needs it, and it is not quick to import
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a report needs the package plotly: pip install plotly") from error
+    from plotly.offline import get_plotlyjs  # only here: nobody else needs it, and it is not quick to import
+
     script: str = get_plotlyjs()
     return script
 
