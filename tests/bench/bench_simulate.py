@@ -5,7 +5,8 @@ import sys
 import time
 
 from serving.config_file import load_config
-from serving.simulator import load_workload, simulate
+from serving.simulation.run import simulate
+from serving.simulator import load_workload
 
 
 def main() -> None:
