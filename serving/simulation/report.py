@@ -14,7 +14,7 @@ from serving.records import Goodput
 from serving.simulation.columns import RunColumns
 from serving.simulation.figures import summarize_columns, throughput
 from serving.simulation.flow_plots import flow_plots
-from serving.simulation.latencies import latencies_of
+from serving.simulation.latencies import column_timings
 from serving.simulation.latency_plots import latency_plots
 from serving.simulation.load_plots import instance_plots, queue_plots, throughput_plots
 from serving.simulation.plots import scaled_bytes
@@ -57,7 +57,7 @@ def report_html(
     goodput: Goodput | None = None,
 ) -> str:
     """The page itself."""
-    requests, latencies = run.requests, latencies_of(run)
+    requests, timings = run.requests, column_timings(run, np.flatnonzero(run.requests.is_finished))
     summary = summarize_columns(run, percentiles=PERCENTILES, goodput=goodput)
     end_ns = max(
         round(run.simulated_s * 1e9),
@@ -68,9 +68,9 @@ def report_html(
     )
     windows = Windows.over(end_ns, most=MOST_WINDOWS)
     load_windows = Windows.over(end_ns, most=min(max(len(requests) // LEAST_ARRIVALS, 12), MOST_WINDOWS))
-    most = min(max(len(latencies.ttft_ms) // LEAST_PER_WINDOW, 1), MOST_PERCENTILE_WINDOWS)
+    most = min(max(timings.count // LEAST_PER_WINDOW, 1), MOST_PERCENTILE_WINDOWS)
     sections = [
-        Section(title="Latency", plots=latency_plots(run, latencies, Windows.over(end_ns, most=most))),
+        Section(title="Latency", plots=latency_plots(run, timings, Windows.over(end_ns, most=most))),
         Section(title="Load", plots=[*throughput_plots(run, load_windows), *queue_plots(run, windows)]),
         Section(title="Instances", plots=instance_plots(run, windows)),
         Section(title="Where tokens and bytes go", plots=flow_plots(run)),
