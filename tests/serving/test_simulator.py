@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import math
 
 import pytest
 
 from serving.errors import ConfigError, EngineFailure
+from serving.run_info import run_info
 from serving.simulator import load_workload, run_in_virtual_time
 from serving.workloads.requests import WorkloadRequest
 from serving.workloads.traces import TraceError
@@ -64,6 +66,15 @@ def test_records_agree_with_the_events(make_config):
         dict(event.details)["bytes"] for event in result.log.events if event.kind == "kv_transfer"
     )
     assert 0 < figures["decode-0 busy share"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("arrivals_ns", "rate"), [((0, 10**9, 4 * 10**9), 0.75), ((0, 0, 0), math.inf), ((None, None, None), math.inf)]
+)
+def test_the_rate_of_a_result_is_that_of_the_arrivals(make_config, arrivals_ns, rate):
+    """Whatever rate the configuration has for a workload of its own."""
+    workload = workload_of(*((10, 5, arrival_ns) for arrival_ns in arrivals_ns))
+    assert run_info(make_config("laptop", "workload.request_rate=9"), workload).request_rate == rate
 
 
 def test_without_keeping_events_the_digest_is_the_same(make_config):
