@@ -26,11 +26,12 @@ two-batch overlap gives DeepGEMM the other SMs). A layer takes 2 * max(compute, 
 layer is the plain sum of its operators, each on all cores.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, TypeAlias
 
+from devices.counted_step import Around
 from devices.deployment import ExpertDeployment
 from devices.expert_parallel import ExpertParallel
 from devices.operators import REMEMBERED, Operators, Parts, PerRank
@@ -118,6 +119,7 @@ class LayerModel:
         self._bulk_stream = "communication" if rates.bulk_cores else "sdma"
         self.is_split = role == "prefill" and rates.prefill_attention == "split"
         self._fused_moe = lru_cache(REMEMBERED)(self._make_fused_moe)
+        self._around = lru_cache(REMEMBERED)(self._make_around)
         self._prefill_moe = lru_cache(REMEMBERED)(self._make_prefill_moe)
 
     def plain(self, load: StepLoad) -> Layer:
@@ -126,7 +128,7 @@ class LayerModel:
         if self._role == "prefill":
             streams = self._prefill_streams(whole, self._die.aic)
             return Layer(streams, tuple(streams), total(*streams.values()))
-        attention, (moe, _) = self._attention(whole, self._die.aic), self._moe(whole, self._die)
+        _, _, attention, moe = self._split(whole, self._die.aic, self._die)
         return Layer({"attention": attention, "moe": moe}, ("attention", "moe"), total(attention, moe))
 
     def overlapped(self, load: StepLoad) -> Layer:
@@ -163,9 +165,7 @@ class LayerModel:
 
         def split(attention_aic: int) -> Split:
             if attention_aic not in tried:
-                attention = self._attention(half, attention_aic)
-                moe, moe_s = self._moe(half, self._moe_cores[attention_aic])
-                tried[attention_aic] = total(attention), moe_s, attention, moe
+                tried[attention_aic] = self._split(half, attention_aic, self._moe_cores[attention_aic])
             return tried[attention_aic]
 
         if self._attention_aic is not None:
@@ -186,6 +186,45 @@ class LayerModel:
         if attention_s < moe_s:
             longer, longer_s, shorter_s = "moe", moe_s, attention_s
         return Layer({"attention": attention, "moe": moe}, (longer,), longer_s * 2, shorter_s, 2, aic)
+
+    def _split(self, load: Load, attention_aic: int, moe_cores: Cores) -> Split:
+        """Both streams of one batch or microbatch, on their cores."""
+        if self._role != "decode":
+            attention, (moe, moe_s) = self._attention(load, attention_aic), self._moe(load, moe_cores)
+            return total(attention), moe_s, attention, moe
+        core = self._operators.absorbed_core(load.context, load.kv, attention_aic)
+        prolog, o_proj, activations, moe, moe_s = self._around(
+            load.max_tokens, load.mean_tokens, attention_aic, moe_cores.aic, moe_cores.aiv
+        )
+        attention = {"mla_prolog": prolog, "attention": core, "o_proj": o_proj, "activations": activations}
+        return prolog + core + o_proj + activations, moe_s, attention, moe
+
+    def around_whole(self, load: StepLoad) -> Around:
+        """What surrounds attention's core in a decode step of one batch, and the MoE stream."""
+        return self._around(float(load.max_tokens), load.mean_tokens, self._die.aic, self._die.aic, self._die.aiv)
+
+    def around_half(self, load: StepLoad) -> Callable[[int], Around]:
+        """The same of one of two microbatches, by the attention stream's cube cores."""
+        max_tokens, mean_tokens = load.max_tokens / 2, load.mean_tokens / 2
+        known: dict[int, Around] = {}
+
+        def around(attention_aic: int) -> Around:
+            found = known.get(attention_aic)
+            if found is None:
+                cores = self._moe_cores[attention_aic]
+                found = known[attention_aic] = self._around(
+                    max_tokens, mean_tokens, attention_aic, cores.aic, cores.aiv
+                )
+            return found
+
+        return around
+
+    def _make_around(
+        self, max_tokens: float, mean_tokens: float, attention_aic: int, moe_aic: int, moe_aiv: int
+    ) -> Around:
+        """All that a decode step's token counts decide of both streams: attention but its core, and the other one."""
+        around = self._operators.around_absorbed(max_tokens, attention_aic)
+        return *around, *self._fused_moe(max_tokens, mean_tokens, moe_aic, moe_aiv)
 
     def _all_cores(self, half: Load) -> Layer:
         """Copies of one microbatch travel while the other computes."""

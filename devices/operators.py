@@ -61,7 +61,7 @@ class Operators:
         self._value_bytes = BF16_BYTES * heads * config.v_head_dim
         remember = lru_cache(REMEMBERED)
         self._absorbed_products = remember(self._make_absorbed_products)
-        self._around_absorbed = remember(self._around_absorbed_core)
+        self.around_absorbed = remember(self._around_absorbed_core)
         self._around_split = remember(self._around_split_core)
         self._hottest_copies = remember(deployment.hottest_copies)
         self._gate_product = remember(self._make_gate_product)
@@ -72,14 +72,14 @@ class Operators:
 
         `tokens` of the rank that has most; `context` and `kv` of every rank: token pairs, and cached tokens to read.
         """
-        core = self._attention(context, kv, self._flops.attention_absorbed_per_context_token, self._latent_bytes, aic)
-        prolog, o_proj, activations = self._around_absorbed(tokens, aic)
-        return {
-            "mla_prolog": prolog,
-            "attention": core + self._launch_s,
-            "o_proj": o_proj,
-            "activations": activations,
-        }
+        core = self.absorbed_core(context, kv, aic)
+        prolog, o_proj, activations = self.around_absorbed(tokens, aic)
+        return {"mla_prolog": prolog, "attention": core, "o_proj": o_proj, "activations": activations}
+
+    def absorbed_core(self, context: PerRank, kv: PerRank, aic: int) -> float:
+        """Its fused attention alone."""
+        flops = self._flops.attention_absorbed_per_context_token
+        return self._attention(context, kv, flops, self._latent_bytes, aic) + self._launch_s
 
     def naive_attention(self, tokens: float, context: PerRank, kv: PerRank, *, aic: int) -> Parts:
         """Multi-head form on one rank: every context token is expanded to all heads first."""

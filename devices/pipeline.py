@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from devices.counted_step import CountedStep
 from devices.deployment import ExpertDeployment
 from devices.expert_parallel import ExpertParallel
 from devices.layer_overlap import Layer, LayerModel, Role, total
@@ -80,6 +81,12 @@ class StepTimeModel:
         self._lm_head = remember(operators.lm_head)
         experts = ExpertParallel(model, supernode, deployment)
         self._layers = LayerModel(supernode, operators, experts, deployment, role=role, attention_aic=attention_aic)
+        # Where two streams share the cores, what token counts decide is kept for the next step with these counts.
+        has_streams = supernode.rates.decode_overlap == "cores" and microbatch and attention_aic is None
+        self._is_counted = role == "decode" and has_streams and model.num_moe_layers > 0
+        self._counted: dict[tuple[int, ...], CountedStep] = {}
+        self._num_aic = supernode.npu.die.num_aic
+        self._first_aic = max(1, self._num_aic // 2)  # where the next search for a split starts
 
     @property
     def is_split(self) -> bool:
@@ -92,6 +99,18 @@ class StepTimeModel:
 
     def decided(self, load: StepLoad) -> StepTime:
         """The same, from what decides it."""
+        if self._is_counted:
+            counts = (load.num_ranks, load.max_tokens, load.total_tokens, load.max_samples, load.max_seqs)
+            counted = self._counted.get(counts)
+            if counted is None:
+                if len(self._counted) == REMEMBERED:
+                    self._counted.clear()
+                counted = self._counted[counts] = self._count(load)
+            else:
+                counted.first_aic = self._first_aic
+            time = counted.time(load.context, load.kv)
+            self._first_aic = counted.first_aic
+            return time
         layer, plain = self._choose(load)
         return StepTime.of_seconds(self._exposed(layer, plain, load))
 
@@ -105,6 +124,26 @@ class StepTimeModel:
             streams=layer.busy_parts(),
             num_microbatches=layer.num_microbatches,
             attention_aic=layer.attention_aic,
+        )
+
+    def _count(self, load: StepLoad) -> CountedStep:
+        """All that the token counts of a decode step decide."""
+        samples, mtp = float(load.max_samples), None
+        if self._num_speculative_tokens:
+            draft_s = self._lm_head(load.max_seqs, 1) + self._operators.sampling(load.max_seqs)
+            mtp = self._num_speculative_tokens, self._mtp_projection(load.max_tokens), draft_s
+        return CountedStep(
+            whole=self._layers.around_whole(load),
+            half=self._layers.around_half(load),
+            core=self._operators.absorbed_core,
+            num_aic=self._num_aic,
+            num_moe=self._model.num_moe_layers,
+            num_dense=self._model.num_hidden_layers - self._model.num_moe_layers,
+            dense_mlp_s=self._dense_mlp(load.max_tokens),
+            mtp_s=mtp,
+            rest={"lm_head": self._lm_head(samples, 1), "sampling": self._operators.sampling(samples)},
+            launch_s=self._launch_s,
+            first_aic=self._first_aic,
         )
 
     def _choose(self, load: StepLoad) -> tuple[Layer, Layer]:

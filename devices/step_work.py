@@ -111,16 +111,16 @@ class Breakdown(Mapping[str, int]):
     The longest operator takes what rounding the others down leaves.
     """
 
-    __slots__ = ("_parts_ns", "_seconds", "_total_ns")
+    __slots__ = ("_parts_ns", "_total_ns", "seconds")
 
     def __init__(self, seconds: Mapping[str, float], total_ns: int) -> None:
         """`seconds` add up to `total_ns` but for rounding; an operator without any has no entry."""
-        self._seconds, self._total_ns = seconds, total_ns
+        self.seconds, self._total_ns = seconds, total_ns
         self._parts_ns: dict[str, int] | None = None
 
     def _rounded(self) -> dict[str, int]:
         if self._parts_ns is None:
-            parts_ns = {name: int(seconds * 1e9) for name, seconds in self._seconds.items() if seconds > 0}
+            parts_ns = {name: int(seconds * 1e9) for name, seconds in self.seconds.items() if seconds > 0}
             if parts_ns:
                 parts_ns[max(parts_ns, key=parts_ns.__getitem__)] += self._total_ns - sum(parts_ns.values())
             self._parts_ns = parts_ns
@@ -159,10 +159,29 @@ class StepTime:
         ns = round(sum(parts.values()) * 1e9)
         return cls(ns=ns, breakdown=Breakdown(parts, ns))
 
-    def add_to(self, totals_ns: dict[str, int]) -> None:
-        """Add the breakdown to that of other steps."""
-        for name, ns in self.breakdown.items():
-            totals_ns[name] = totals_ns.get(name, 0) + ns
+
+class BreakdownSum:
+    """The breakdowns of many steps, added up; rounded once, when they are all there."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._total_ns = 0
+
+    def add(self, time: StepTime) -> None:
+        """One more step."""
+        self._total_ns += time.ns
+        breakdown, sums = time.breakdown, self._seconds
+        if isinstance(breakdown, Breakdown):
+            for name, seconds in breakdown.seconds.items():
+                sums[name] = sums.get(name, 0.0) + seconds
+        else:
+            for name, part_ns in breakdown.items():
+                sums[name] = sums.get(name, 0.0) + part_ns * 1e-9
+
+    @property
+    def total(self) -> Mapping[str, int]:
+        """Operators to integer nanoseconds that add up to those of all steps."""
+        return dict(Breakdown(self._seconds, self._total_ns))
 
 
 def _split(total: int, num_parts: int) -> IntArray:

@@ -117,11 +117,12 @@ def replay(
     address: Ray = None,
 ) -> None:
     """Run the workload in virtual time with torch shards in Ray actors: real tokens, deterministic."""
-    from serving import live, simulator
+    from serving import live
     from serving.config_file import load_config
+    from serving.workloads.load import load_workload
 
     settings = load_config(config, overrides or ())
-    workload = simulator.load_workload(settings, trace=trace, trace_divisor=trace_divisor)
+    workload = load_workload(settings, trace=trace, trace_divisor=trace_divisor)
     _finish(live.replay(settings, workload, address=address).bench, json_file)
 
 

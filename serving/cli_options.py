@@ -38,10 +38,22 @@ def listed(text: str) -> tuple[str, ...]:
 Config = Annotated[str, typer.Argument(help="Preset, such as laptop, or a YAML file.", metavar="CONFIG")]
 Trace = Annotated[
     Path | None,
-    typer.Option("--trace", help="Workload from a trace: Mooncake .jsonl or Azure .csv, or .gz of it.", dir_okay=False),
+    typer.Option(
+        "--trace", help="Workload from a trace: Mooncake .jsonl, Azure .csv, or .gz; ServeGen .parquet.", dir_okay=False
+    ),
 ]
 TraceScale = Annotated[
     int, typer.Option("--trace-divisor", help="Divide the trace's lengths, for a short context.", min=1)
+]
+WorkloadName = Annotated[
+    str | None,
+    typer.Option("--workload", help="Built-in workload: r1-reasoning, conversation, chat or code.", metavar="NAME"),
+]
+Rate = Annotated[float | None, typer.Option(help="Requests per second; of a trace, its times are scaled.")]
+Duration = Annotated[float | None, typer.Option(help="Seconds in which requests arrive.")]
+NumRequests = Annotated[int | None, typer.Option(help="Requests at most.", min=1)]
+Seed = Annotated[
+    int | None, typer.Option(help="Of prompts, lengths and arrivals; the configuration's by default.", min=0)
 ]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set a.b=c.", metavar="KEY=VALUE")]
 Json = Annotated[

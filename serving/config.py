@@ -19,6 +19,7 @@ from model.config import ModelConfig
 from serving.config_checks import check_parts
 
 Role = Literal["prefill", "decode", "colocated"]
+GeneratorName = Literal["r1-reasoning", "conversation", "chat", "code"]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -155,12 +156,38 @@ class RaySection(Section):
     exchange_timeout_s: PositiveFloat = 60.0
 
 
-class WorkloadSection(Section):
-    """The workload of `run`, `simulate` and `replay`: synthetic prompts, some with shared prefixes."""
+class RampSection(Section):
+    """A rate that moves from `start_rps` to `end_rps`, requests per second, over the requests; names are vLLM's."""
 
+    strategy: Literal["linear", "exponential"] = "linear"
+    start_rps: PositiveFloat
+    end_rps: PositiveFloat
+
+
+class BurstSection(Section):
+    """Every `period_s` ends with `duration_s` in which the rate is `factor` times what it is otherwise."""
+
+    factor: PositiveFloat
+    period_s: PositiveFloat
+    duration_s: PositiveFloat
+
+
+class WorkloadSection(Section):
+    """The workload of `run`, `simulate` and `replay`, where no trace is given: that of the generator `name`, or
+    synthetic prompts, some with shared prefixes.
+
+    A generator has lengths and arrivals of its own (configs/workload/NAME.yaml): `request_rate`, `arrivals` and
+    `burstiness` change them only where they are set.
+    """
+
+    name: GeneratorName | None = None
     num_requests: PositiveInt = 48
+    duration_s: PositiveFloat | None = None  # set: what arrives before it; num_requests is not used
     request_rate: PositiveFloat | Literal["inf"] = 4.0
-    burstiness: PositiveFloat = 1.0
+    arrivals: Literal["poisson", "gamma", "weibull", "constant"] | None = None  # None: as vLLM, poisson or gamma
+    burstiness: PositiveFloat = 1.0  # of gamma and weibull: 1 / square of the gaps' coefficient of variation
+    ramp: RampSection | None = None  # in place of request_rate
+    bursts: BurstSection | None = None  # on top of request_rate
     max_concurrency: PositiveInt | None = None
     input_len: PositiveInt = 128
     output_len: PositiveInt = 32
@@ -172,6 +199,21 @@ class WorkloadSection(Section):
     def _check_prefix(self) -> "WorkloadSection":
         if self.num_prefixes and self.prefix_len >= self.input_len:
             raise ValueError(f"workload.prefix_len: {self.prefix_len} must be below input_len {self.input_len}")
+        if self.bursts is not None and self.bursts.duration_s > self.bursts.period_s:
+            raise ValueError(
+                f"workload.bursts.duration_s: {self.bursts.duration_s:g} exceeds period_s {self.bursts.period_s:g}"
+            )
+        if self.bursts is not None and self.ramp is not None:
+            raise ValueError("workload.bursts: cannot be had with workload.ramp")
+        if (
+            self.request_rate == "inf"
+            and self.ramp is None
+            and (self.bursts is not None or self.duration_s is not None)
+        ):
+            key = "bursts" if self.bursts is not None else "duration_s"
+            raise ValueError(f"workload.{key}: needs a finite request_rate, not inf")
+        if self.arrivals in ("poisson", "constant") and self.burstiness != 1.0:
+            raise ValueError(f"workload.burstiness: {self.burstiness:g} is used with arrivals gamma and weibull only")
         return self
 
 

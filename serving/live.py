@@ -29,11 +29,11 @@ from serving.session import Session
 from serving.simulator import (
     SimulationResult,
     cluster_figures,
-    load_workload,
     measured_expert_load,
     run_in_virtual_time,
 )
 from serving.system import System
+from serving.workloads.load import load_workload
 from serving.workloads.workload import Workload
 
 OnReady = Callable[[System], Awaitable[None] | None]

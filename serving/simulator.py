@@ -5,11 +5,9 @@ Must not know: HTTP, Ray (a transport is given).
 """
 
 import asyncio
-import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from devices.clock import VirtualClock, run_virtual
@@ -28,12 +26,7 @@ from serving.spec_decode import SpecDecodeStats
 from serving.summary import summarize
 from serving.transport import Transport
 from serving.workload_run import WorkloadRun
-from serving.workloads.arrivals import Arrivals
-from serving.workloads.synthetic import synthetic_workload
-from serving.workloads.traces import TraceOptions, load_trace
 from serving.workloads.workload import Workload
-
-FIRST_TEXT_TOKEN = 16  # of prompts made from random ids: above the control tokens of the shipped tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,33 +39,6 @@ class SimulationResult:
     log: EventLog
     wall_s: float
     simulated_s: float
-
-
-def load_workload(config: RunConfig, *, trace: Path | None = None, trace_divisor: int = 1) -> Workload:
-    """The workload of a run: a trace, clipped to the context, or the configuration's synthetic one."""
-    section, limit = config.workload, config.model.max_model_len
-    vocabulary = range(FIRST_TEXT_TOKEN, min(256, config.shape.vocab_size))
-    if trace is not None:
-        options = TraceOptions(
-            length_divisor=trace_divisor,
-            max_input_tokens=limit // 2,
-            max_output_tokens=limit // 2,
-            seed=config.seed,
-            vocabulary=vocabulary,
-        )
-        return load_trace(trace, options).limited(num_requests=section.num_requests)
-    rate = math.inf if section.request_rate == "inf" else section.request_rate
-    return synthetic_workload(
-        num_requests=section.num_requests,
-        input_len=section.input_len,
-        output_len=section.output_len,
-        range_ratio=section.range_ratio,
-        num_prefixes=section.num_prefixes,
-        prefix_len=section.prefix_len,
-        seed=config.seed,
-        arrivals=Arrivals.from_request_rate(rate, burstiness=section.burstiness),
-        vocabulary=vocabulary,
-    )
 
 
 def run_in_virtual_time(

@@ -14,7 +14,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serving.cli_options import Config, Json, Overrides, Trace, TraceScale, check_writable
+from serving.cli_options import (
+    Config,
+    Duration,
+    Json,
+    NumRequests,
+    Overrides,
+    Rate,
+    Seed,
+    Trace,
+    TraceScale,
+    WorkloadName,
+    check_writable,
+)
 from serving.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +47,11 @@ def simulate(
     overrides: Overrides = None,
     trace: Trace = None,
     trace_divisor: TraceScale = 1,
+    workload_name: WorkloadName = None,
+    rate: Rate = None,
+    duration: Duration = None,
+    num_requests: NumRequests = None,
+    seed: Seed = None,
     goodput: Annotated[list[str] | None, typer.Option(help="Objectives, such as ttft:2000.", metavar="NAME:MS")] = None,
     json_file: Json = None,
     requests_file: Annotated[
@@ -61,14 +78,24 @@ def simulate(
     from serving.simulation.figures import bench_result, figures_of
     from serving.simulation.run import simulate as run_simulation
     from serving.simulation.table import simulation_rows
-    from serving.simulator import load_workload
+    from serving.workloads.load import load_workload
 
-    settings = load_config(config, overrides or ())
+    if trace is not None and workload_name is not None:
+        raise ConfigError(f"--workload: {workload_name}, but --trace {trace} is the workload")
+    settings = load_config(config, [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])])
     objectives = parse_goodput(goodput or [])
     if requests_file is not None:
         check_export(requests_file)
     _check_trace_file(perfetto_file)
-    workload = load_workload(settings, trace=trace, trace_divisor=trace_divisor)
+    workload = load_workload(
+        settings,
+        trace=trace,
+        trace_divisor=trace_divisor,
+        name=workload_name,
+        rate=rate,
+        duration_s=duration,
+        num_requests=num_requests,
+    )
     if strict:
         check_served(settings, workload)
     moves = report_file is not None or perfetto_file is not None

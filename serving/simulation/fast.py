@@ -33,6 +33,7 @@ from serving.core.prompt_batcher import PromptBatcher
 from serving.core.router import Room
 from serving.plan import block_bytes
 from serving.pool_moves import PoolMoves
+from serving.simulation.admission import Admission
 from serving.simulation.columns import PlaneTotals, RunColumns
 from serving.simulation.decode_instance import ChargeDecode, DecodeInstance
 from serving.simulation.driver import Driver
@@ -40,6 +41,7 @@ from serving.simulation.event_loop import EventLoop
 from serving.simulation.life import LifeNotes
 from serving.simulation.move_notes import MoveNotes
 from serving.simulation.prefill_instance import ChargePrompts, PrefillInstance
+from serving.simulation.stages import Stages
 from serving.simulation.step_notes import StepNotes
 from serving.workloads.workload import Workload
 
@@ -86,7 +88,18 @@ def run_fast(
     notes: list[StepNotes] = []
     prefills: list[PrefillInstance] = []
     decodes: list[DecodeInstance] = []
-    driver: Driver
+    driver = Driver(config=config, workload=workload, loop=loop, log=log, notes=lives, on_progress=on_progress)
+    stages = Stages(
+        loop=loop,
+        log=log,
+        pool=pool,
+        fabric=fabric,
+        moves=move_notes,
+        block_size=config.cache.block_size,
+        kv_bytes_per_token=kv_bytes_per_token(config),
+        hidden_state_bytes=hidden_state_bytes(config),
+        on_finished=driver.on_finished,
+    )
     for index, place in enumerate(instance_places(config)):
         notes.append(StepNotes(config, place, log))
         dies = die_endpoints(config, place, fabric)
@@ -106,9 +119,9 @@ def run_fast(
                     dies=dies,
                     loop=loop,
                     notes=notes[-1],
-                    find_external=None if pool is None else lambda prompt: driver.find_external(prompt),
-                    on_admit=lambda prompt, num_cached, num_external: driver.on_admit(prompt, num_cached, num_external),
-                    on_computed=lambda prompt: driver.on_computed(prompt),
+                    find_external=None if pool is None else stages.find_external,
+                    on_admit=stages.on_admit,
+                    on_computed=stages.on_computed,
                 )
             )
         else:
@@ -131,34 +144,29 @@ def run_fast(
                     dies=dies,
                     loop=loop,
                     notes=notes[-1],
-                    on_preempted=lambda row, last_ns: driver.on_preempted(row, last_ns),
-                    on_ended=lambda row: driver.on_ended(row),
-                    last_token_ns=lambda row: driver.last_token_ns(row),
+                    on_preempted=stages.on_preempted,
+                    on_ended=stages.on_ended,
+                    last_token_ns=stages.last_token_ns,
                 )
             )
-    driver = Driver(
+    admission = Admission(
         config=config,
-        workload=workload,
         loop=loop,
         log=log,
         router=router,
-        pool=pool,
-        fabric=fabric,
+        room=Room(free_blocks=free_blocks, free_slots=free_slots),
         prefills=prefills,
         decodes=decodes,
-        room=Room(free_blocks=free_blocks, free_slots=free_slots),
-        notes=lives,
-        moves=move_notes,
-        kv_bytes_per_token=kv_bytes_per_token(config),
-        hidden_state_bytes=hidden_state_bytes(config),
-        on_progress=on_progress,
+        on_placed=stages.start_prefill,
     )
+    stages.connect(admission)
+    driver.connect(admission, stages)
     interrupted = _run(loop, driver)
     held: dict[str, int] = {}
     if not interrupted:  # which may have come in the middle of anything
         held = {
             "requests": driver.num_lives,
-            "queued": driver.num_queued,
+            "queued": admission.num_queued,
             "blocks": sum(p.batcher.num_used_blocks for p in prefills) + sum(d.ranks.num_used_blocks for d in decodes),
             "runs": sum(p.num_runs for p in prefills) + sum(d.num_runs for d in decodes),
             "placements": router.num_placements,

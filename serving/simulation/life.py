@@ -26,12 +26,11 @@ CODE_OF_REASON = {reason: code for code, reason in enumerate(OutcomeReason)}
 
 @dataclass(slots=True, eq=False)
 class Life:
-    """A request from its arrival to its outcome. `order` is that of the arrivals, from 1."""
+    """A request from its arrival to its outcome."""
 
     index: int  # in the workload
     request_id: RequestId
-    order: int
-    priority: int
+    key: tuple[int, int]  # priority, and order of arrival from 1: the smaller, the sooner served
     num_prompt_tokens: int
     max_tokens: int
     arrival_ns: int

@@ -7,7 +7,6 @@ It is the way of colocated instances, and what the fast driver is held against.
 """
 
 import itertools
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.spec import PlaneName
+from devices.step_work import BreakdownSum
 from serving.build import InstancePlace, instance_places
 from serving.cluster import Cluster
 from serving.config import RunConfig
@@ -94,7 +94,7 @@ class _Steps:
     """The steps of one instance so far, one tuple each, in the order of _STEP_COLUMNS."""
 
     rows: list[tuple[int, ...]] = field(default_factory=list)
-    breakdown_ns: Counter[str] = field(default_factory=Counter)
+    breakdown: BreakdownSum = field(default_factory=BreakdownSum)
     first_gaps_ns: list[int] = field(default_factory=list)
     end_ns: int = NEVER  # of the last one
     request_ids: frozenset[RequestId] = frozenset()  # of the last one's rows
@@ -142,7 +142,7 @@ class _Notes:
                 int(kv_tokens.max()),
             )
         )
-        steps.breakdown_ns.update(step.time.breakdown)
+        steps.breakdown.add(step.time)
         steps.end_ns = step.end_ns
         steps.request_ids = frozenset(batch.request_ids.tolist())
 
@@ -176,7 +176,7 @@ class _Notes:
                     start_ns=start_ns,
                     charged_ns=charged_ns,
                     **small,
-                    breakdown_ns=dict(steps.breakdown_ns),
+                    breakdown_ns=steps.breakdown.total,
                     first_gaps_ns=np.array(steps.first_gaps_ns, np.int64),
                 )
             )

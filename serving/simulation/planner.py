@@ -235,7 +235,6 @@ class Planner:
         source = replace(self._source, rate=rate, num_requests=self._num_requests(rate))
         settings = (
             *self._overrides,
-            *source.overrides,
             f"instances.prefill.count={split.prefill}",
             f"instances.decode.count={split.decode}",
             f"instances.decode.max_num_seqs={caps.decode}",

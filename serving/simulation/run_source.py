@@ -7,7 +7,6 @@ Must not know: grids, plans, command lines.
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from serving.config import RunConfig
@@ -16,7 +15,7 @@ from serving.records import Goodput
 from serving.simulation.columns import RunColumns
 from serving.simulation.figures import figures
 from serving.simulation.run import simulate
-from serving.simulator import load_workload
+from serving.workloads.load import load_workload
 from serving.workloads.workload import Workload
 
 
@@ -65,13 +64,6 @@ class WorkloadSource:
         """All that decides the workload, beside the configuration; where the trace's file lies does not."""
         return (self.trace_digest, self.name, self.rate, self.num_requests, self.duration_s)
 
-    @property
-    def overrides(self) -> tuple[str, ...]:
-        """What is set in the configuration for it: how many requests, and the rate where the source is synthetic."""
-        is_synthetic = self.trace is None and self.name is None
-        keys = (("request_rate", self.rate if is_synthetic else None), ("num_requests", self.num_requests))
-        return tuple(f"workload.{key}={value}" for key, value in keys if value is not None)
-
     def __str__(self) -> str:
         return self.name or (Path(self.trace).name if self.trace else "the configuration's workload")
 
@@ -84,15 +76,14 @@ def file_digest(path: Path) -> str:
 
 def load_source(config: RunConfig, source: WorkloadSource) -> Workload:
     """The requests of `source` under `config`. Raises ConfigError, or TraceError naming line and field."""
-    if source.name is not None:
-        raise ConfigError(f"--workload: {shown(source.name)}: no workloads are built in")
-    workload = load_workload(config, trace=None if source.trace is None else Path(source.trace))
-    if source.rate is not None and source.trace is not None:
-        last_ns = workload.requests[-1].arrival_ns
-        if not last_ns:
-            raise ConfigError(f"--rate: {source.rate:g}, but all requests of {source} arrive at once")
-        workload = workload.with_rate_factor(source.rate * last_ns / 1e9 / len(workload))
-    return workload.limited(num_requests=source.num_requests, duration_s=source.duration_s)
+    return load_workload(
+        config,
+        trace=None if source.trace is None else Path(source.trace),
+        name=source.name,
+        rate=source.rate,
+        duration_s=source.duration_s,
+        num_requests=source.num_requests,
+    )
 
 
 def run_source(config: RunConfig, source: WorkloadSource) -> RunColumns:
@@ -108,8 +99,8 @@ def run_figures(config: RunConfig, source: WorkloadSource, *, goodput: Goodput |
 
 def mean_lengths(config: RunConfig, source: WorkloadSource) -> tuple[float, float]:
     """Mean prompt and output tokens of a request."""
-    requests = load_source(config, source).requests
-    return fmean(r.num_prompt_tokens for r in requests), fmean(r.max_tokens for r in requests)
+    workload = load_source(config, source)
+    return float(workload.num_prompt_tokens.mean()), float(workload.max_tokens.mean())
 
 
 def _whole(run: RunColumns) -> RunColumns:

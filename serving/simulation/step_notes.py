@@ -6,7 +6,7 @@ Must not know: how steps are decided.
 
 from collections.abc import Sequence
 
-from devices.step_work import StepTime
+from devices.step_work import BreakdownSum, StepTime
 from serving.build import InstancePlace
 from serving.config import RunConfig
 from serving.core.event_log import EventLog
@@ -26,7 +26,7 @@ class StepNotes:
         self._num_seqs, self._num_tokens, self._num_sampled = int_column(), int_column(), int_column()
         self._num_joined, self._num_waiting = int_column(), int_column()
         self._num_used_blocks, self._max_kv_tokens = int_column(), int_column()
-        self._breakdown_ns: dict[str, int] = {}
+        self._breakdown = BreakdownSum()
         self.first_gaps_ns = int_column()
 
     def add(
@@ -53,7 +53,7 @@ class StepNotes:
         self._max_kv_tokens.extend(max_kv_tokens)
         for time, _ in zip(times, num_seqs, strict=False):
             self._charged_ns.append(time.ns)
-            time.add_to(self._breakdown_ns)
+            self._breakdown.add(time)
         if self._log is not None:
             for when_ns, time, rows, tokens in zip(start_ns, times, num_seqs, num_tokens, strict=False):
                 self._log.append(when_ns, "step", self.instance_id, rows=rows, tokens=tokens, charged_ns=time.ns)
@@ -78,6 +78,6 @@ class StepNotes:
             num_waiting=as_int32(self._num_waiting),
             num_used_blocks=as_int32(self._num_used_blocks),
             max_kv_tokens=as_int32(self._max_kv_tokens),
-            breakdown_ns=self._breakdown_ns,
+            breakdown_ns=self._breakdown.total,
             first_gaps_ns=as_int64(self.first_gaps_ns),
         )

@@ -152,7 +152,7 @@ def point_key(point: Point) -> str:
     has a digest of a trace's bytes; so it need not be made to be known. Raises ConfigError if the configuration has a
     mistake.
     """
-    config = load_config(point.config, (*point.overrides, *point.workload.overrides))
+    config = load_config(point.config, point.overrides)
     return _digest([config_identity(config), repr(point.workload.identity), repr(point.goodput), version()])
 
 
@@ -184,7 +184,7 @@ def run_point(point: Point) -> Row:
     """
     row: Row = dict(point.varied)
     try:
-        config = load_config(point.config, (*point.overrides, *point.workload.overrides))
+        config = load_config(point.config, point.overrides)
         figures = run_figures(config, point.workload, goodput=point.goodput)
     except (ServingError, ValueError) as error:
         return row | {"status": "invalid", "error": str(error)}

@@ -5,12 +5,11 @@ Must not know: how anything is done.
 """
 
 import json
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from serving.cli_options import Json, Overrides, Ray
+from serving.cli_options import Json, NumRequests, Overrides, Rate, Ray, Trace, TraceScale, WorkloadName
 from serving.errors import ConfigError
 
 # Wall seconds per simulated second. Measured with the laptop preset on two cores that others used too: at 4 the lag is
@@ -21,13 +20,11 @@ SCALE = 4.0
 def verify(
     config: Annotated[str, typer.Argument(help="Preset, such as laptop, or a YAML file.", metavar="CONFIG")],
     overrides: Overrides = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option("--trace", help="Workload from a trace: Mooncake .jsonl or Azure .csv, or .gz.", dir_okay=False),
-    ] = None,
-    trace_divisor: Annotated[
-        int, typer.Option("--trace-divisor", help="Divide the trace's lengths, for a short context.", min=1)
-    ] = 1,
+    trace: Trace = None,
+    trace_divisor: TraceScale = 1,
+    workload_name: WorkloadName = None,
+    rate: Rate = None,
+    num_requests: NumRequests = None,
     scale: Annotated[
         float, typer.Option(help="Wall seconds per simulated second; the larger, the less real compute is late.")
     ] = SCALE,
@@ -45,12 +42,14 @@ def verify(
     """Simulate a workload, run it live on Ray, and print predicted against observed, with the reasons."""
     from serving.config_file import load_config
     from serving.simulation import observe, verify_report
-    from serving.simulator import load_workload
+    from serving.workloads.load import load_workload
 
     if not scale > 0:
         raise ConfigError(f"--scale: {scale:g} must be above 0 wall seconds per simulated second")
     settings = load_config(config, [*(overrides or ()), f"clock.scale={scale}"])
-    workload = load_workload(settings, trace=trace, trace_divisor=trace_divisor)
+    workload = load_workload(
+        settings, trace=trace, trace_divisor=trace_divisor, name=workload_name, rate=rate, num_requests=num_requests
+    )
     prediction = observe.predict(settings, workload)
     typer.echo(
         f"simulated {len(workload)} requests, {prediction.simulated_s:.1f} s, in {prediction.wall_s:.1f} s; "

@@ -135,15 +135,19 @@ class Workload:
     def with_arrivals(self, arrivals: Arrivals | None, *, seed: int | None = None) -> "Workload":
         """The same requests arriving by `arrivals`; None makes it a closed loop."""
         if arrivals is None:
-            return self._with_arrival_ns(None)
+            return self.with_arrival_ns(None)
         rng = generator_for(self.seed if seed is None else seed, "arrivals")
-        return self._with_arrival_ns(to_ns(arrivals.times_s(rng, len(self))))
+        return self.with_arrival_ns(to_ns(arrivals.times_s(rng, len(self))))
+
+    def with_arrival_ns(self, arrival_ns: Ints | None) -> "Workload":
+        """The same requests at other instants, shape (N,), which must not decrease; None makes it a closed loop."""
+        return dataclasses.replace(self, requests=dataclasses.replace(self.columns, arrival_ns=arrival_ns))
 
     def with_rate_factor(self, factor: float) -> "Workload":
         """The same requests arriving `factor` times as fast."""
         if not (np.isfinite(factor) and factor > 0):
             raise ConfigError(f"rate factor: {factor} must be finite and above the limit 0")
-        return self._with_arrival_ns(to_ns(self._arrivals() / (1e9 * factor)))
+        return self.with_arrival_ns(to_ns(self._arrivals() / (1e9 * factor)))
 
     def limited(self, *, num_requests: int | None = None, duration_s: float | None = None) -> "Workload":
         """The first `num_requests` of the requests that arrive before `duration_s`."""
@@ -162,9 +166,6 @@ class Workload:
         if self.arrival_ns is None:
             raise ConfigError(f"workload {self.name}: a closed loop has no arrival times")
         return self.arrival_ns
-
-    def _with_arrival_ns(self, arrival_ns: Ints | None) -> "Workload":
-        return dataclasses.replace(self, requests=dataclasses.replace(self.columns, arrival_ns=arrival_ns))
 
     def _name_blocks(self, index: int, block_size: int) -> _NamedBlocks:
         if block_size < 1:

@@ -6,7 +6,7 @@ import time
 
 from serving.config_file import load_config
 from serving.simulation.run import simulate
-from serving.simulator import load_workload
+from serving.workloads.load import load_workload
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ from serving.expert_load import ExpertLoad, read_total_load
 from serving.local_devices import local_transport
 from serving.placement import place_experts, rank_imbalance
 from serving.plan import format_plan
-from serving.simulator import load_workload, run_in_virtual_time
+from serving.simulator import run_in_virtual_time
+from serving.workloads.load import load_workload
 
 LAYERS, EXPERTS = 2, 16  # of the tests' small model
 BUSY = ((3, 7, 11, 15), (0, 1, 2, 4))  # in each layer

@@ -9,7 +9,8 @@ from serving.config_file import load_config
 from serving.errors import ConfigError
 from serving.plan import check_plan, die_plan, format_plan, requests_that_fit
 from serving.ray_devices import check_random_weights
-from serving.simulator import load_workload, run_in_virtual_time
+from serving.simulator import run_in_virtual_time
+from serving.workloads.load import load_workload
 
 FULL_SIZE = ["cloudmatrix384", "cloudmatrix384-full", "h800-ep144"]
 MIB = 2**20

@@ -14,7 +14,8 @@ from model.config import ModelConfig
 from model.reference import ReferenceModel
 from serving.local_devices import local_transport
 from serving.report import to_json
-from serving.simulator import load_workload, run_in_virtual_time
+from serving.simulator import run_in_virtual_time
+from serving.workloads.load import load_workload
 
 FEW = "workload={num_requests: 8, input_len: 24, output_len: 5, num_prefixes: 2, prefix_len: 16, request_rate: 40}"
 ROOT = Path(__file__).parents[2]
@@ -125,7 +126,8 @@ def test_a_repetition_is_equal_to_the_byte_and_another_seed_is_another_run(make_
 def test_no_decision_depends_on_the_seed_of_pythons_hashes(policy):
     script = (
         "from serving.config_file import load_config\n"
-        "from serving.simulator import load_workload, run_in_virtual_time\n"
+        "from serving.simulator import run_in_virtual_time\n"
+        "from serving.workloads.load import load_workload\n"
         f"config = load_config('laptop-2p2d', ['workload.num_requests=30', 'router.policy={policy}'])\n"
         "print(run_in_virtual_time(config, load_workload(config)).digest)"
     )

@@ -8,7 +8,8 @@ import pytest
 
 from serving.errors import ConfigError, EngineFailure
 from serving.run_info import run_info
-from serving.simulator import load_workload, run_in_virtual_time
+from serving.simulator import run_in_virtual_time
+from serving.workloads.load import load_workload
 from serving.workloads.requests import WorkloadRequest
 from serving.workloads.traces import TraceError
 from serving.workloads.workload import Workload

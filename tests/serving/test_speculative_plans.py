@@ -18,7 +18,8 @@ from serving.errors import ConfigError
 from serving.local_devices import local_transport
 from serving.plan import block_bytes, die_plan
 from serving.report import to_json
-from serving.simulator import load_workload, run_in_virtual_time
+from serving.simulator import run_in_virtual_time
+from serving.workloads.load import load_workload
 from tests.drafted import write_drafted_checkpoint
 
 ON = "speculative.num_speculative_tokens=1"
@@ -135,7 +136,8 @@ def test_acceptance_is_drawn_by_request(make_config):
 def test_no_draw_depends_on_the_seed_of_pythons_hashes():
     script = (
         "from serving.config_file import load_config\n"
-        "from serving.simulator import load_workload, run_in_virtual_time\n"
+        "from serving.simulator import run_in_virtual_time\n"
+        "from serving.workloads.load import load_workload\n"
         f"config = load_config('laptop', ['workload.num_requests=20', '{ON}'])\n"
         "print(run_in_virtual_time(config, load_workload(config)).digest)"
     )

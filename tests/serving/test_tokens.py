@@ -11,7 +11,8 @@ import pytest
 from model.config import ModelConfig
 from model.reference import ReferenceModel, Sampling
 from serving.local_devices import local_transport
-from serving.simulator import load_workload, run_in_virtual_time
+from serving.simulator import run_in_virtual_time
+from serving.workloads.load import load_workload
 from tests.sampled_requests import SAMPLED
 
 LENGTHS = ((5, 9), (33, 6), (17, 12), (40, 3), (1, 8), (21, 1))  # of prompt and output

@@ -13,7 +13,7 @@ from serving.records import OUTCOMES
 from serving.report import WIDTH
 from serving.simulation.command import check_served, exit_code
 from serving.simulation.figures import bench_result
-from serving.simulator import load_workload
+from serving.workloads.load import load_workload
 from serving.workloads.requests import WorkloadRequest
 from serving.workloads.workload import Workload
 

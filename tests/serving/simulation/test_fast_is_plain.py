@@ -11,7 +11,8 @@ from serving.local_devices import local_transport
 from serving.simulation.columns import InstanceColumns, RunColumns
 from serving.simulation.fast import run_fast
 from serving.simulation.plain import run_plain
-from serving.simulator import load_workload, run_in_virtual_time
+from serving.simulator import run_in_virtual_time
+from serving.workloads.load import load_workload
 
 QUICK = settings(
     max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

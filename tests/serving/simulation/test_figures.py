@@ -13,8 +13,9 @@ from serving.records import Goodput
 from serving.simulation.figures import figures, summarize_columns
 from serving.simulation.run import simulate
 from serving.simulation.usage import admission_figures, phase_figures, pool_figures
-from serving.simulator import load_workload, run_in_virtual_time
+from serving.simulator import run_in_virtual_time
 from serving.summary import Summary, summarize
+from serving.workloads.load import load_workload
 
 GOODPUT = Goodput(ttft_ms=60, tpot_ms=19)
 
@@ -151,7 +152,7 @@ import json
 from serving.config_file import load_config
 from serving.simulation.figures import figures
 from serving.simulation.run import simulate
-from serving.simulator import load_workload
+from serving.workloads.load import load_workload
 config = load_config("laptop-2p2d", ["workload.num_requests=12"])
 workload = load_workload(config)
 values = figures(config, workload, simulate(config, workload, digest=True))

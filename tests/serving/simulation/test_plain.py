@@ -9,7 +9,8 @@ import pytest
 from serving.simulation.columns import MOVE_KINDS, NEVER
 from serving.simulation.plain import run_plain
 from serving.simulation.run import peak_rss_bytes, simulate
-from serving.simulator import load_workload, run_in_virtual_time
+from serving.simulator import run_in_virtual_time
+from serving.workloads.load import load_workload
 from serving.workloads.requests import WorkloadRequest
 from serving.workloads.workload import Workload
 
@@ -168,7 +169,7 @@ from serving.config_file import load_config
 from serving.simulation.figures import summarize_columns
 from serving.simulation.plain import run_plain
 from serving.simulation.run import simulate
-from serving.simulator import load_workload
+from serving.workloads.load import load_workload
 config = load_config("laptop", ["workload.num_requests=4000"])
 was_interrupted = False
 def interrupt(num_over):

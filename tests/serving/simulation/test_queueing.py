@@ -17,8 +17,9 @@ from scipy.stats import poisson, t
 from serving.plan import block_bytes
 from serving.simulation.fast import run_fast
 from serving.simulation.plain import run_plain
-from serving.simulator import load_workload, run_in_virtual_time
+from serving.simulator import run_in_virtual_time
 from serving.workloads.arrivals import Arrivals, generator_for
+from serving.workloads.load import load_workload
 from serving.workloads.workload import to_ns
 
 NUM_REQUESTS = 800

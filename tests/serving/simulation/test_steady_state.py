@@ -19,7 +19,7 @@ from serving.config_file import load_config
 from serving.core.scheduled_batch import BatchDrafts, ScheduledBatch
 from serving.estimation.what_if import estimate
 from serving.simulation.run import simulate
-from serving.simulator import load_workload
+from serving.workloads.load import load_workload
 
 PROMPT_LEN = 4096
 BATCH_PER_NPU = 96

@@ -28,8 +28,8 @@ from serving.simulation.verify import (
     with_all_instances,
 )
 from serving.simulation.verify_report import format_verification, to_json
-from serving.simulator import load_workload
 from serving.summary import summarize
+from serving.workloads.load import load_workload
 
 ROOT = Path(__file__).parents[3]
 REASONS = Reasons(

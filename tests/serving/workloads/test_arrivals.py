@@ -9,12 +9,14 @@ from serving.errors import ConfigError
 from serving.workloads.arrivals import (
     ARRIVAL_KINDS,
     Arrivals,
+    Bursts,
     RampUp,
     all_at_once,
     constant,
     gamma,
     generator_for,
     poisson,
+    weibull,
 )
 
 COUNT = 20_000
@@ -31,6 +33,48 @@ def test_gamma_arrivals_have_the_rate_and_the_variation_asked_for(burstiness, ra
     # The mean of n gaps has a relative standard error of variation / sqrt(n): 4 of them, with a fixed seed.
     assert gaps.mean() * rate == pytest.approx(1.0, abs=4 * variation / math.sqrt(COUNT))
     assert gaps.std() / gaps.mean() == pytest.approx(variation, rel=0.05)
+
+
+@pytest.mark.parametrize(("burstiness", "rate"), [(1.0, 4.0), (0.25, 4.0), (4.0, 0.5)])
+def test_weibull_arrivals_have_the_rate_and_the_variation_asked_for(burstiness, rate):
+    gaps = gaps_of(weibull(generator_for(1, "weibull"), COUNT, rate_per_s=rate, burstiness=burstiness))
+    variation = 1 / math.sqrt(burstiness)
+    assert gaps.mean() * rate == pytest.approx(1.0, abs=4 * variation / math.sqrt(COUNT))
+    assert gaps.std() / gaps.mean() == pytest.approx(variation, rel=0.06)
+
+
+def test_weibull_gaps_are_those_of_the_shape_that_has_the_variation():
+    """Shape 2 (Rayleigh) has the squared variation 4 / pi - 1 and the median sqrt(ln 2) of its scale."""
+    gaps = gaps_of(weibull(generator_for(1, "weibull"), COUNT, rate_per_s=1.0, burstiness=1 / (4 / math.pi - 1)))
+    assert np.median(gaps) == pytest.approx(math.sqrt(math.log(2)) / math.gamma(1.5), rel=0.02)
+
+
+def test_bursts_come_at_the_end_of_every_period():
+    bursts = Bursts(factor=5.0, period_s=60.0, duration_s=10.0)
+    arrivals = Arrivals(kind="constant", rate_per_s=10.0, bursts=bursts)
+    assert arrivals.expected_count(600.0) == pytest.approx(10 * (500 + 5 * 100))
+    assert arrivals.expected_count(55.0) == pytest.approx(500 + 5 * 50)
+    times = arrivals.times_before_s(generator_for(0, "x"), 600.0)
+    assert np.histogram(times % 60, bins=[0, 25, 50, 60])[0].tolist() == pytest.approx([2500, 2500, 5000], abs=12)
+    assert arrivals.times_s(generator_for(0, "x"), 3).tolist() == pytest.approx([0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    "arrivals",
+    [
+        Arrivals(rate_per_s=50.0),
+        Arrivals(kind="gamma", rate_per_s=50.0, burstiness=0.1),
+        Arrivals(kind="weibull", rate_per_s=50.0, burstiness=0.2),
+        Arrivals(rate_per_s=20.0, bursts=Bursts(factor=7.0, period_s=40.0, duration_s=10.0)),
+        Arrivals(kind="constant", ramp_up=RampUp(strategy="linear", start_rps=10.0, end_rps=100.0)),
+        Arrivals(kind="constant", ramp_up=RampUp(strategy="exponential", start_rps=100.0, end_rps=10.0)),
+    ],
+)
+def test_times_before_an_instant_are_as_many_as_expected(arrivals):
+    times = arrivals.times_before_s(generator_for(3, "x"), 400.0)
+    variation = 1 / math.sqrt(arrivals.burstiness)
+    assert len(times) == pytest.approx(arrivals.expected_count(400.0), rel=4 * variation / math.sqrt(len(times)))
+    assert 380 < times[-1] < 400
 
 
 def test_poisson_arrivals_have_exponential_gaps():
@@ -125,6 +169,13 @@ def test_request_rates_in_the_spelling_of_vllm_name_a_process():
             lambda: Arrivals(kind="inf", ramp_up=RampUp(strategy="linear", start_rps=1, end_rps=2)),
             "cannot have a ramp_up",
         ),
+        (lambda: Bursts(factor=2, period_s=5, duration_s=6), "bursts.duration_s: 6 exceeds period_s 5"),
+        (lambda: Bursts(factor=0, period_s=5, duration_s=1), "bursts.factor: 0 must be finite and above"),
+        (
+            lambda: Arrivals(kind="inf", bursts=Bursts(factor=2, period_s=5, duration_s=1)),
+            "arrivals.bursts: needs a finite rate and no ramp_up",
+        ),
+        (lambda: Arrivals(kind="inf").expected_count(3.0), "duration_s: everything arrives at once"),
         (lambda: constant(-1, rate_per_s=1.0), "count: -1 is below the limit 0"),
         (lambda: generator_for(-1, "x"), "seed: -1 is below the limit 0"),
     ],
