@@ -179,12 +179,12 @@ def _stack(key: str, label: str, phases: Mapping[str, Floats], by: Floats, note:
 
 
 def _by_prompt(run: RunColumns) -> Plot:
-    """TTFT against tokens to compute; few enough requests to look at."""
+    """TTFT against the prompt, colored by how much of it was cached; few enough requests to look at."""
     requests = run.requests
     done = np.flatnonzero(requests.is_finished)
     stride = max(-(-done.size // MOST_POINTS), 1)
     shown = done[::stride]
-    is_pooled = requests.num_cached_tokens[shown] > 0
+    cached = requests.num_cached_tokens[shown] / np.maximum(requests.num_prompt_tokens[shown], 1)
     ttft_ms = (requests.first_token_ns - requests.arrival_ns)[shown] / 1e6
     traces: list[Trace] = [
         {
@@ -197,8 +197,10 @@ def _by_prompt(run: RunColumns) -> Plot:
             "hovertemplate": "%{x} tokens, %{y:.4g} ms<extra>" + name + "</extra>",
         }
         for name, color, members in (
-            ("nothing cached", "#0072b2", ~is_pooled),
-            ("part of the prompt cached", "#e69f00", is_pooled),
+            # A block that all prompts begin with, of instructions say, makes nobody fast.
+            ("less than 10 % of the prompt cached", "#0072b2", cached < 0.1),
+            ("10 to 50 %", "#cc79a7", (cached >= 0.1) & (cached < 0.5)),
+            ("half and more", "#e69f00", cached >= 0.5),
         )
         if members.any()
     ]

@@ -130,12 +130,15 @@ def _figures(config: RunConfig, run: RunColumns, summary: Summary) -> Table:
     for role in dict.fromkeys(instance.role for instance in run.instances):
         members = [instance for instance in run.instances if instance.role == role]
         busy_s = sum(instance.busy_ns for instance in members) / 1e9 / len(members)
-        rows.append((f"{role}, busy", f"{100 * busy_s / summary.duration_s:.1f} %" if summary.duration_s else "-"))
+        rows.append((f"{role}, busy", _percent(busy_s, summary.duration_s)))
+        if role != "prefill" and busy_s:
+            seq_s = sum(float(i.num_seqs @ i.charged_ns) / 1e9 / (i.max_num_seqs * i.num_ranks) for i in members)
+            rows.append((f"{role}, slots used in a step", _percent(seq_s, busy_s * len(members))))
     rate = summary.cache_hit_rate
     rows.append(("prompt tokens cached", "-" if rate is None else f"{100 * rate:.1f} %"))
     if run.pool is not None:
         asked = run.pool.num_hits + run.pool.num_misses
-        rows.append(("pool blocks found", f"{100 * run.pool.num_hits / asked:.1f} %" if asked else "-"))
+        rows.append(("pool blocks asked for, found", _percent(run.pool.num_hits, asked)))
         rows.append(("pool blocks evicted", f"{run.pool.num_evicted:,}"))
     if run.num_drafts:
         rows.append(("drafts accepted", f"{100 * run.num_accepted / run.num_drafts:.1f} %"))
@@ -149,6 +152,10 @@ def _figures(config: RunConfig, run: RunColumns, summary: Summary) -> Table:
     if run.wall_s:
         rows.append(("simulated in", f"{run.wall_s:,.3g} s, {scaled_bytes(run.peak_rss_bytes)} at most"))
     return Table(rows=rows)
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
 def _latency_table(summary: Summary) -> Table:

@@ -96,6 +96,22 @@ def test_what_is_rejected_is_counted_and_no_failure_of_the_run(supernode, tmp_pa
     assert told["failed"] == 8 - told["completed"] > 0
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_request_of_a_trace_that_does_not_fit_is_rejected_or_with_strict_stops_the_run(supernode, tmp_path, strict):
+    trace = tmp_path / "trace.jsonl"
+    rows = [{"timestamp": 3000 * i, "input_length": n, "output_length": 8} for i, n in enumerate((90, 300, 90))]
+    trace.write_text("".join(json.dumps(row | {"hash_ids": [i]}) + "\n" for i, row in enumerate(rows)))
+    arguments = ("simulate", "laptop", "--trace", str(trace), "--set", "model.max_model_len=256")
+    code, out, err = supernode(*arguments, *(["--strict"] if strict else []))
+    if strict:
+        assert (code, out) == (2, "")
+        assert "prompt_too_long: 300 + 8 tokens exceed max_model_len 256; 1 of 3 requests cannot be served" in err
+    else:
+        assert (code, err) == (0, "")
+        assert "Rejected:                                1" in out
+        assert "prompt_too_long" in out
+
+
 @pytest.mark.parametrize(
     ("outcome", "held", "interrupted", "code"),
     [("rejected", 0, False, 0), ("failed", 0, False, 1), ("rejected", 2, False, 1), ("aborted", 0, True, 130)],
