@@ -133,10 +133,8 @@ class MeasuredTables:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise TablesUnavailable("measured tables need pyarrow: pip install 'supernode-infer[tables]'") from error
+    import pyarrow.parquet as parquet  # takes longer to import than an estimate without tables takes
+
     if not path.is_file():
         raise TablesUnavailable(f"{path} is not there")
     rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()

@@ -1,7 +1,8 @@
 """The command line: few verbs, the configuration first.
 
-Owns: options, what is printed, exit codes: 0 good, also of a server that was told to stop; 1 a request failed, or a
-device, or something is still held at the end; 2 a wrong argument or configuration; 130 interrupted before the end.
+Owns: options, what is printed, exit codes: 0 good, also of a server that was told to stop; 1 a request failed, or
+was rejected but by `simulate`, or a device failed, or something is still held at the end; 2 a wrong argument or
+configuration; 130 interrupted before the end.
 Must not know: how anything is done. Ray and torch are imported by the verbs that need them, so that `check` is quick.
 """
 

@@ -7,7 +7,6 @@ Must not know: how devices start (serving/ray_devices.py), what runs in the even
 import asyncio
 import dataclasses
 import functools
-import math
 import socket
 import sys
 from collections.abc import Awaitable, Callable
@@ -24,6 +23,7 @@ from serving.config import RunConfig
 from serving.interrupts import Interrupts
 from serving.ray_devices import RayDevices, checkpoint_directory
 from serving.report import BenchResult
+from serving.run_info import mean_rate
 from serving.server import bind, serve
 from serving.session import Session
 from serving.simulator import (
@@ -194,12 +194,8 @@ def run_workload(
         live.serve(measure)
     if bench is None:
         raise KeyboardInterrupt
-    section = config.workload
-    info = dataclasses.replace(  # the load generator replays arrivals that were drawn at this rate
-        bench.info,
-        request_rate=math.inf if section.request_rate == "inf" else section.request_rate,
-        burstiness=section.burstiness,
-    )
+    # The load generator replays arrivals, and knows of no rate.
+    info = dataclasses.replace(bench.info, request_rate=mean_rate(workload), burstiness=config.workload.burstiness)
     return dataclasses.replace(bench, info=info, cluster=figures, expert_load=expert_load, held_at_rest=live.held)
 
 

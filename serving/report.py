@@ -32,7 +32,7 @@ _HEADERS: dict[Metric, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInfo:
-    """What was run. `date` is YYYYmmdd-HHMMSS; `request_rate` is infinite unless a rate drove the arrivals."""
+    """What was run. `date` is YYYYmmdd-HHMMSS; `request_rate` is infinite unless arrivals have one."""
 
     date: str
     backend: str

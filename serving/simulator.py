@@ -41,11 +41,6 @@ class SimulationResult:
     simulated_s: float
 
 
-def simulate(config: RunConfig, workload: Workload, *, keep_events: bool = False) -> SimulationResult:
-    """Run `workload` with timing shards: no tensors, one process."""
-    return run_in_virtual_time(config, workload, keep_events=keep_events)
-
-
 def run_in_virtual_time(
     config: RunConfig,
     workload: Workload,
@@ -54,9 +49,10 @@ def run_in_virtual_time(
     close_transport: Callable[[], Awaitable[None]] | None = None,
     keep_events: bool = False,
 ) -> SimulationResult:
-    """Run `workload` on a virtual clock; `open_transport` is called in the event loop and gives torch shards.
+    """Run `workload` on a virtual clock, on the asyncio plane, whatever the configuration; keeps a record per request.
 
-    Raises AssertionError if anything is held in the end.
+    `open_transport` is called in the event loop and gives torch shards; without it shards make no tensors. Raises
+    AssertionError if anything is held in the end.
     """
     started = time.perf_counter()
     log = EventLog(keep=keep_events)

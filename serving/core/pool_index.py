@@ -7,33 +7,14 @@ Source: Mooncake Store (put start / commit / revoke, leases that pin what is rea
 moves only what it held.
 """
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from serving.core.errors import IllegalCall, LeaseLost
 from serving.core.ids import BlockHash
 from serving.core.pool_block import Lease, PoolBlock, PutsStarted, PutStarted
+from serving.core.pool_host import PoolHost
 from serving.core.rendezvous import Rendezvous
-
-
-class _Host:
-    """A host's room, and its blocks that nobody reads, least recently used first: hash to packed handle and size.
-
-    A pool holds blocks by the million: an integer takes half of what a tuple of two takes, and the collector of
-    garbage has nothing to do with it.
-    """
-
-    __slots__ = ("capacity_bytes", "host_id", "idle", "used_bytes")
-
-    def __init__(self, host_id: int, capacity_bytes: int) -> None:
-        self.host_id = host_id
-        self.capacity_bytes = capacity_bytes
-        self.used_bytes = 0
-        self.idle: OrderedDict[BlockHash, int] = OrderedDict()
-
-
-_HANDLE_BITS = 40  # a million new blocks per second for 12 days; the size stands above them
-_HANDLE_MASK = (1 << _HANDLE_BITS) - 1
 
 
 class _Pin:
@@ -58,9 +39,9 @@ class PoolIndex:
         if lease_ns < 1 or any(capacity < 0 for capacity in hosts.values()):
             raise IllegalCall(f"lease_ns {lease_ns} must be positive, capacities {dict(hosts)} must not be negative")
         self._lease_ns = lease_ns
-        self._hosts = {host_id: _Host(host_id, capacity) for host_id, capacity in hosts.items()}
+        self._hosts = {host_id: PoolHost(host_id, capacity) for host_id, capacity in hosts.items()}
         self._rendezvous = Rendezvous(self._hosts)
-        self._home: dict[BlockHash, _Host] = {}  # of every block that can be found
+        self._home: dict[BlockHash, PoolHost] = {}  # of every block that can be found
         self._pins: dict[BlockHash, _Pin] = {}  # of those that are leased; the others are idle at their hosts
         self._writing: dict[BlockHash, PoolBlock] = {}
         self._leases: dict[int, Lease] = {}  # in order of their ends, since time does not go back
@@ -131,7 +112,7 @@ class PoolIndex:
                 host = self._home.get(block_hash)
                 if host is None:
                     break
-                pin = self._pins[block_hash] = _Pin(_unpack(block_hash, host, host.idle.pop(block_hash)))
+                pin = self._pins[block_hash] = _Pin(host.take(block_hash))
             blocks.append(pin.block)
         self.num_hits += len(blocks)
         self.num_misses += len(hashes) - len(blocks)
@@ -160,7 +141,7 @@ class PoolIndex:
             pin.num_leases -= 1
             if not pin.num_leases:
                 del self._pins[block.block_hash]
-                self._hosts[block.host_id].idle[block.block_hash] = _pack(block)
+                self._hosts[block.host_id].keep(block)
         return num_intact
 
     def expire(self, now_ns: int) -> int:
@@ -231,7 +212,7 @@ class PoolIndex:
             if self._writing.get(block_hash) == block:
                 del self._writing[block_hash]
                 self._home[block_hash] = host = self._hosts[block.host_id]
-                host.idle[block_hash] = _pack(block)
+                host.keep(block)
                 num_committed += 1
         return num_committed
 
@@ -259,7 +240,7 @@ class PoolIndex:
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless bytes, leases and LRU orders agree with the entries."""
-        blocks = [_unpack(h, host, packed) for host in self._hosts.values() for h, packed in host.idle.items()]
+        blocks = [block for host in self._hosts.values() for block in host.oldest_first()]
         blocks += [pin.block for pin in self._pins.values()]
         assert {block.block_hash: self._hosts[block.host_id] for block in blocks} == self._home
         assert len(blocks) == len(self._home)
@@ -278,15 +259,15 @@ class PoolIndex:
         assert ends == sorted(ends)
         assert self._rendezvous.host_ids == list(self._hosts)
 
-    def _make_room(self, host: _Host, num_bytes: int, evicted: list[PoolBlock]) -> bool:
+    def _make_room(self, host: PoolHost, num_bytes: int, evicted: list[PoolBlock]) -> bool:
         """Evict what a block of `num_bytes` needs, adding it to `evicted`. False if that is not enough: all stays."""
         missing = host.used_bytes + num_bytes - host.capacity_bytes
         if missing <= 0:
             return True
         victims: list[PoolBlock] = []
-        for block_hash, packed in host.idle.items():
-            victims.append(_unpack(block_hash, host, packed))
-            missing -= victims[-1].num_bytes
+        for block in host.oldest_first():
+            victims.append(block)
+            missing -= block.num_bytes
             if missing <= 0:
                 break
         else:
@@ -298,11 +279,3 @@ class PoolIndex:
         self.num_evicted += len(victims)
         evicted += victims
         return True
-
-
-def _pack(block: PoolBlock) -> int:
-    return block.handle | block.num_bytes << _HANDLE_BITS
-
-
-def _unpack(block_hash: BlockHash, host: _Host, packed: int) -> PoolBlock:
-    return PoolBlock(block_hash, host.host_id, packed & _HANDLE_MASK, packed >> _HANDLE_BITS)

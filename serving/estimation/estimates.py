@@ -79,8 +79,7 @@ def decode(
             f"attention_aic: {attention_aic} needs streams with cores of their own: microbatch on, and a machine that "
             f"splits its cores, as {spec.name} {'does' if spec.rates.decode_overlap == 'cores' else 'does not'}"
         )
-    if mtp and not shape.num_nextn_predict_layers:
-        raise ConfigError(f"mtp: {mtp}, but model {model} has no MTP module")
+    _check_module(mtp, shape, model)
     layout = layout_of(shape, ep)
     # An odd batch gives the dies of an NPU different numbers of requests.
     dies = spec.npu.num_dies
@@ -136,6 +135,7 @@ def prefill(
     prompt_len: int = 4096,
     tokens_per_npu: int = 16384,
     ep: int = 32,
+    mtp: int = 0,
     microbatch: Switch = "on",
     balance: Balance = "eplb",
     skew: float | None = None,
@@ -147,10 +147,15 @@ def prefill(
     Keys: ttft_ms (load and batch, without queueing), tokens_per_s_per_npu (reused tokens count),
     tokens_per_s_per_tflops, layer_us, pool_load_ms, breakdown and streams as of decode; the breakdown adds up to
     ttft_ms. With `pool_plane` none there is no pool: all is computed, whatever `reuse` says.
+    With `mtp` 1 the MTP module runs over the prompts too, so that decode finds its latents; it drafts nothing here.
     Raises ConfigError, with the sum, if a die's HBM cannot hold it.
     """
     spec, shape = hardware_of(hardware), model_of(model)
     check_counts(1, prompt_len=prompt_len, tokens_per_npu=tokens_per_npu, ep=ep)
+    check_counts(0, mtp=mtp)
+    if mtp > 1:
+        raise ConfigError(f"mtp: {mtp} must be at most 1 in prefill, which runs the module once")
+    _check_module(mtp, shape, model)
     check_shares(reuse=reuse)
     check_choice("balance", balance, get_args(Balance))
     if skew is not None:
@@ -177,7 +182,7 @@ def prefill(
         step_tokens=tokens_per_npu / dies,
         # Every die has the latents of all prompts, or those of its own.
         cached_tokens=tokens if is_split else tokens_per_npu / dies,
-        has_mtp=False,
+        has_mtp=mtp > 0,
     )
     step = StepTimeModel(
         shape,
@@ -185,6 +190,7 @@ def prefill(
         role="prefill",
         deployment=with_imbalance(layout, shape, spec.fitted, role="prefill", balance=balance, skew=skew),
         microbatch=is_on(microbatch=microbatch),
+        num_speculative_tokens=mtp,
     ).detail(
         StepWork.split_sequence(
             ep,
@@ -195,7 +201,8 @@ def prefill(
             num_samples=max(1, round(prompts)),
         )
     )
-    load_s = _pool_load_s(spec, shape, tokens_per_npu / dies * cached / prompt_len, pool_plane)
+    cached_bytes = tokens_per_npu / dies * cached / prompt_len * work.kv_bytes_per_token(shape, include_mtp=mtp > 0)
+    load_s = _pool_load_s(spec, cached_bytes, pool_plane)
     seconds = load_s + step.seconds
     breakdown = _breakdown_ms(step)
     if load_s:
@@ -224,9 +231,14 @@ ESTIMATES: Mapping[str, Callable[..., Answer]] = {
 }
 
 
-def _pool_load_s(spec: SupernodeSpec, shape: ModelConfig, tokens: float, plane: PoolPlane) -> float:
-    """Cached latents of `tokens` per die, read by all dies at once; a node's dies share its VPC port."""
-    if plane == "none" or not tokens:
+def _check_module(mtp: int, shape: ModelConfig, model: str) -> None:
+    if mtp and not shape.num_nextn_predict_layers:
+        raise ConfigError(f"mtp: {mtp}, but model {model} has no MTP module")
+
+
+def _pool_load_s(spec: SupernodeSpec, num_bytes: float, plane: PoolPlane) -> float:
+    """Cached latents, so many bytes per die, read by all dies at once; a node's dies share its VPC port."""
+    if plane == "none" or not num_bytes:
         return 0.0
     told = spec.planes[plane]
     path = told.paths.get(("npu_host", "read", "inter"))
@@ -236,7 +248,7 @@ def _pool_load_s(spec: SupernodeSpec, shape: ModelConfig, tokens: float, plane: 
     if told.port_owner == "node":
         share = told.die_port_bytes_per_s / (spec.npus_per_node * spec.npu.num_dies)
         bytes_per_s = min(bytes_per_s, share * spec.fitted.pool_vpc_efficiency)
-    return tokens * work.kv_bytes_per_token(shape) / bytes_per_s + path.latency_ns * 1e-9
+    return num_bytes / bytes_per_s + path.latency_ns * 1e-9
 
 
 def _breakdown_ms(step: StepDetail) -> dict[str, float]:

@@ -42,6 +42,7 @@ def prefill_tokens_per_s(config: RunConfig, *, prompt_len: int) -> float:
         prompt_len=min(prompt_len, per_npu * charged // num_dies),
         tokens_per_npu=per_npu,
         ep=charged,
+        mtp=config.speculative.num_speculative_tokens,
     )
     return 0.0 if answer is None else answer["tokens_per_s_per_npu"] / num_dies * config.world_size("prefill")
 

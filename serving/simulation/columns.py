@@ -43,7 +43,7 @@ class RequestColumns:
     last_token_ns: Ints
     num_prompt_tokens: SmallInts
     max_tokens: SmallInts
-    num_output_tokens: SmallInts
+    num_output_tokens: SmallInts  # of a request that an interrupt ended at least those before its last hand-over
     num_cached_tokens: SmallInts  # of the prompt, at the first prefill; from the pool or the instance's own blocks
     num_pool_tokens: SmallInts  # of them, those that came from the pool
     num_preemptions: SmallInts

@@ -1,6 +1,6 @@
 """`supernode simulate`.
 
-Owns: its options, what it prints and writes, and the progress bar.
+Owns: its options, what it prints and writes, its exit codes, and the progress bar.
 Must not know: how a run is driven, how figures are made.
 """
 
@@ -31,6 +31,7 @@ from serving.errors import ConfigError
 
 if TYPE_CHECKING:
     from serving.config import RunConfig
+    from serving.report import BenchResult
     from serving.workloads.workload import Workload
 
 BAR_DELAY_S = 1.0  # a run that is over by then shows no bar
@@ -65,7 +66,11 @@ def simulate(
         bool, typer.Option("--strict", help="Refuse a workload with a request that is too long.")
     ] = False,
 ) -> None:
-    """Run a workload in virtual time: one process, no tensors, no Ray. Ctrl-C prints what was finished so far."""
+    """Run a workload in virtual time: one process, no tensors, no Ray. Ctrl-C prints what was finished so far.
+
+    Exit code 0, whatever was rejected: the table and the JSON count it by reason. 1 if a request failed, or something
+    is still held.
+    """
     from serving.config_file import load_config
     from serving.records import parse_goodput
     from serving.report import format_table
@@ -111,8 +116,16 @@ def simulate(
         from serving.simulation.perfetto import write_trace
 
         typer.echo(write_trace(settings, run, perfetto_file), err=True)
-    if result.exit_code:
-        raise typer.Exit(result.exit_code)
+    code = exit_code(result)
+    if code:
+        raise typer.Exit(code)
+
+
+def exit_code(result: "BenchResult") -> int:
+    """That of the command. A rejection is an answer of a simulation, not a failure of it."""
+    if result.interrupted:
+        return 130
+    return 1 if result.summary.outcomes["failed"] or any((result.held_at_rest or {}).values()) else 0
 
 
 def check_served(config: "RunConfig", workload: "Workload") -> None:

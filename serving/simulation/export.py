@@ -8,7 +8,6 @@ Instants are nanoseconds of simulated time, durations milliseconds; what did not
 
 import csv
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from serving.simulation.columns import NEVER, Ints, RequestColumns, RunColumns
 
 SUFFIXES = (".parquet", ".csv")
 ROWS_AT_ONCE = 2**17  # a group of rows in the file, and what is in memory a second time
-NEEDS_PYARROW = "needs pyarrow: pip install 'supernode-infer[tables]'; or name a .csv file"
 
 Column = list[Any] | NDArray[Any]  # or a masked array
 
@@ -30,8 +28,6 @@ def check_export(path: Path) -> None:
     """Before the run, not after it. Raises ConfigError if `write_requests` could not write this file."""
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"--requests: {path}: the suffix must be one of {', '.join(SUFFIXES)}")
-    if path.suffix == ".parquet" and find_spec("pyarrow") is None:  # its import costs more than a short run
-        raise ConfigError(f"--requests: {path}: {NEEDS_PYARROW}")
 
 
 def write_requests(run: RunColumns, path: Path) -> None:
@@ -54,7 +50,7 @@ def _write_csv(run: RunColumns, path: Path) -> None:
 
 
 def _write_parquet(run: RunColumns, path: Path) -> None:
-    import pyarrow
+    import pyarrow  # its import costs more than a short run
     from pyarrow import parquet
 
     writer = None

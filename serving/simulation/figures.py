@@ -9,7 +9,6 @@ The same configuration, workload and seed give the same values, but for those un
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,10 @@ from serving.records import OUTCOMES, Goodput
 from serving.report import BenchResult, needed_percentiles, to_json
 from serving.run_info import run_info
 from serving.simulation.columns import InstanceColumns, RunColumns
+from serving.simulation.latencies import column_timings
 from serving.simulation.usage import admission_figures, instance_figures, phase_figures, plane_figures, pool_figures
 from serving.spec_decode import SpecDecodeStats
 from serving.summary import RequestCounts, Summary, summary_of
-from serving.timings import Floats, Timings, TokenTimes
 from serving.workloads.workload import Workload
 
 METRIC_PERCENTILES = (99.0,)
@@ -34,8 +33,10 @@ def summarize_columns(
 ) -> Summary:
     """As `summarize` of one record per request. All times are simulated.
 
-    Tokens per second and gaps between tokens are counted by steps. So they include those of requests that an interrupt
-    ended, and the two tokens of a step with an accepted draft, one chunk, count as two at its end.
+    Gaps between tokens and the peak of tokens per second are counted by steps, everything else by finished requests.
+    The two differ in a run that was interrupted: all steps so far count, whoever's tokens they were, since without
+    those of requests that were cut short the gaps of short requests would be left. The two tokens of a step with an
+    accepted draft, one chunk, count as two at its end.
     """
     requests = run.requests
     finished = np.flatnonzero(requests.is_finished)
@@ -50,8 +51,8 @@ def summarize_columns(
             num_cached_tokens=int(requests.num_cached_tokens[finished].sum(dtype=np.int64)) if finished.size else None,
             num_reported_prompt_tokens=num_prompt,
         ),
-        wall=_column_timings(run, np.empty(0, np.int64)),
-        simulated=_column_timings(run, finished),
+        wall=column_timings(run, np.empty(0, np.int64)),
+        simulated=column_timings(run, finished),
         duration_s=run.simulated_s,
         percentiles=percentiles,
         goodput=goodput,
@@ -157,67 +158,12 @@ def throughput(config: RunConfig, run: RunColumns) -> dict[str, Any]:
     return values
 
 
-def _column_timings(run: RunColumns, finished: NDArray[np.int64]) -> "_ColumnTimings":
-    requests = run.requests
-    arrival_ns = requests.arrival_ns[finished]
-    num_tokens = requests.num_output_tokens[finished].astype(np.float64)
-    ttft_ns = (requests.first_token_ns[finished] - arrival_ns).astype(np.float64)
-    e2el_ns = (requests.last_token_ns[finished] - arrival_ns).astype(np.float64)
-    origin_ns = int(arrival_ns.min()) if finished.size else 0
-    gaps_ns, gap_counts = _gaps(run) if finished.size else (np.empty(0), np.empty(0))
-    return _ColumnTimings(
-        num_tokens=num_tokens,
-        ttft_ns=ttft_ns,
-        e2el_ns=e2el_ns,
-        tpot_ns=Timings.tpot_of(num_tokens=num_tokens, ttft_ns=ttft_ns, e2el_ns=e2el_ns),
-        queue_ns=(requests.scheduled_ns[finished] - arrival_ns).astype(np.float64),
-        start_ns=(arrival_ns - origin_ns).astype(np.float64),
-        gaps_ns=gaps_ns,
-        gap_counts=gap_counts,
-        run=run,
-        origin_ns=origin_ns,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _ColumnTimings(Timings):
-    """Tokens came at the ends of steps."""
-
-    run: RunColumns
-    origin_ns: int
-
-    def token_times(self) -> TokenTimes:
-        ends_ns = [instance.start_ns + instance.charged_ns for instance in self.run.instances]
-        return TokenTimes(
-            seconds=np.maximum(np.concatenate(ends_ns) - self.origin_ns, 0) / 1e9,
-            num_tokens=np.concatenate([i.num_sampled for i in self.run.instances]).astype(np.float64),
-        )
-
-
-def _gaps(run: RunColumns) -> tuple[Floats, Floats]:
-    """Gaps between the tokens of one request, in nanoseconds, and how often each occurred.
-
-    A row that was in the step before had a token at its end. On a prefill instance of its own no row goes on: it is
-    handed over after its token.
-    """
-    gaps, counts = [], []
-    for instance in run.instances:
-        gaps.append(instance.first_gaps_ns)
-        counts.append(np.ones(instance.first_gaps_ns.size, np.int64))
-        if instance.role != "prefill":
-            followers = (instance.num_seqs - instance.num_joined)[1:]
-            steps = np.flatnonzero(followers)
-            gaps.append(np.diff(instance.start_ns + instance.charged_ns)[steps])
-            counts.append(followers[steps])
-    return np.concatenate(gaps).astype(np.float64), np.concatenate(counts).astype(np.float64)
-
-
 def _slo(run: RunColumns, summary: Summary) -> dict[str, float | None] | None:
     """Of the finished requests, the share that meets each objective and all; and so many per second."""
     goodput = summary.goodput
     if goodput is None:
         return None
-    timings = _column_timings(run, np.flatnonzero(run.requests.is_finished))
+    timings = column_timings(run, np.flatnonzero(run.requests.is_finished))
     values: dict[str, float | None] = {}
     for name in ("ttft_ms", "tpot_ms", "e2el_ms"):
         limit = getattr(goodput, name)

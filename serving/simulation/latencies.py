@@ -1,8 +1,8 @@
 """Latencies of a run's finished requests, and the phases that they are made of.
 
-Owns: TTFT, TPOT, ITL and E2EL from columns, in milliseconds; the split of a request's time into phases.
+Owns: TTFT, TPOT, ITL and E2EL from columns; the split of a request's time into phases.
 Must not know: plots, the table of figures.
-Source: definitions as in serving/summary.py.
+Source: definitions as in serving/timings.py.
 """
 
 import itertools
@@ -12,51 +12,49 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.simulation.columns import MOVE_KINDS, NEVER, RunColumns
-from serving.simulation.windows import Floats
+from serving.simulation.columns import MOVE_KINDS, NEVER, InstanceColumns, RunColumns
+from serving.timings import Floats, Timings, TokenTimes
 
 POOL_LOAD = MOVE_KINDS.index("pool_load")
 PHASES = ("queue", "pool load", "prefill wait", "prefill", "transfer", "decode")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Latencies:
-    """Of the finished requests, shape (F,) each; in milliseconds. `tpot_ms` is NaN for requests of one token.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ColumnTimings(Timings):
+    """Of requests whose tokens came at the ends of steps. `start_ns` counts from `origin_ns`, their first arrival."""
 
-    `gap_ms` are the times between a request's chunks, each of which occurred `gap_counts` times; shape (G,).
-    """
+    run: RunColumns
+    origin_ns: int
 
-    arrival_ns: NDArray[np.int64]
-    ttft_ms: Floats
-    tpot_ms: Floats
-    e2el_ms: Floats
-    gap_ms: Floats
-    gap_counts: Floats
+    def token_times(self) -> TokenTimes:
+        """Of all steps, whoever's tokens they were."""
+        ends_ns = [instance.start_ns + instance.charged_ns for instance in self.run.instances]
+        return TokenTimes(
+            seconds=np.maximum(np.concatenate(ends_ns) - self.origin_ns, 0) / 1e9,
+            num_tokens=np.concatenate([i.num_sampled for i in self.run.instances]).astype(np.float64),
+        )
 
 
-def latencies_of(run: RunColumns) -> Latencies:
-    """Of all finished requests."""
-    requests, done = run.requests, run.requests.is_finished
-    arrival, last = requests.arrival_ns[done], requests.last_token_ns[done]
-    ttft = (requests.first_token_ns[done] - arrival) / 1e6
-    e2el = (last - arrival) / 1e6
-    tokens = requests.num_output_tokens[done]
-    tpot = np.where(tokens > 1, (e2el - ttft) / np.maximum(tokens - 1, 1), np.nan)
-    gaps, counts = [np.zeros(0)], [np.zeros(0)]
-    for instance in run.instances:
-        if instance.role == "prefill":
-            continue
-        ends = instance.start_ns + instance.charged_ns
-        followers = (instance.num_seqs - instance.num_joined)[1:]
-        gaps += [np.diff(ends)[followers > 0] / 1e6, instance.first_gaps_ns / 1e6]
-        counts += [followers[followers > 0].astype(np.float64), np.ones(len(instance.first_gaps_ns))]
-    return Latencies(
-        arrival_ns=arrival,
-        ttft_ms=ttft,
-        tpot_ms=tpot,
-        e2el_ms=e2el,
-        gap_ms=np.concatenate(gaps),
-        gap_counts=np.concatenate(counts),
+def column_timings(run: RunColumns, finished: NDArray[np.int64]) -> ColumnTimings:
+    """Of the requests with these indices, all finished; with any, the gaps of all steps."""
+    requests = run.requests
+    arrival_ns = requests.arrival_ns[finished]
+    num_tokens = requests.num_output_tokens[finished].astype(np.float64)
+    ttft_ns = (requests.first_token_ns[finished] - arrival_ns).astype(np.float64)
+    e2el_ns = (requests.last_token_ns[finished] - arrival_ns).astype(np.float64)
+    origin_ns = int(arrival_ns.min()) if finished.size else 0
+    gaps_ns, gap_counts = _gaps(run) if finished.size else (np.empty(0), np.empty(0))
+    return ColumnTimings(
+        num_tokens=num_tokens,
+        ttft_ns=ttft_ns,
+        e2el_ns=e2el_ns,
+        tpot_ns=Timings.tpot_of(num_tokens=num_tokens, ttft_ns=ttft_ns, e2el_ns=e2el_ns),
+        queue_ns=(requests.scheduled_ns[finished] - arrival_ns).astype(np.float64),
+        start_ns=(arrival_ns - origin_ns).astype(np.float64),
+        gaps_ns=gaps_ns,
+        gap_counts=gap_counts,
+        run=run,
+        origin_ns=origin_ns,
     )
 
 
@@ -93,3 +91,36 @@ def phases_of(run: RunColumns) -> Mapping[str, Floats]:
         name: values / 1e6
         for name, values in zip(PHASES, (queue, load, wait - load, prefill, transfer, decode), strict=True)
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepGaps:
+    """Gaps that are the length of a step and of the pause before it; `counts` rows had each, at `end_ns`. (G,) each."""
+
+    end_ns: NDArray[np.int64]
+    gap_ns: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+
+def step_gaps(instance: InstanceColumns) -> StepGaps:
+    """Of rows that were in the step before: they had a token at its end.
+
+    On a prefill instance of its own no row goes on: it is handed over after its token.
+    """
+    if instance.role == "prefill":
+        none = np.empty(0, np.int64)
+        return StepGaps(end_ns=none, gap_ns=none, counts=none)
+    end_ns = instance.start_ns + instance.charged_ns
+    followers = (instance.num_seqs - instance.num_joined)[1:]
+    steps = np.flatnonzero(followers)
+    return StepGaps(end_ns=end_ns[1:][steps], gap_ns=np.diff(end_ns)[steps], counts=followers[steps].astype(np.int64))
+
+
+def _gaps(run: RunColumns) -> tuple[Floats, Floats]:
+    """Gaps between the tokens of one request, in nanoseconds, and how often each occurred."""
+    gaps, counts = [], []
+    for instance in run.instances:
+        later = step_gaps(instance)
+        gaps += [instance.first_gaps_ns, later.gap_ns]
+        counts += [np.ones(instance.first_gaps_ns.size, np.int64), later.counts]
+    return np.concatenate(gaps).astype(np.float64), np.concatenate(counts).astype(np.float64)

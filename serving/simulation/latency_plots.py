@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.simulation.columns import RunColumns
-from serving.simulation.latencies import Latencies, phases_of
+from serving.simulation.latencies import ColumnTimings, phases_of, step_gaps
 from serving.simulation.plots import (
     METRIC_COLORS,
     PERCENTILE_COLORS,
@@ -37,26 +37,27 @@ PHASE_COLORS: Mapping[str, str] = {
 }
 
 
-def latency_plots(run: RunColumns, latencies: Latencies, windows: Windows) -> list[Plot]:
+def latency_plots(run: RunColumns, timings: ColumnTimings, windows: Windows) -> list[Plot]:
     """Distributions, percentiles over time, phases and TTFT against the prompt's length."""
+    arrival_ns = timings.start_ns + timings.origin_ns
     over_time = [
-        _over_time("ttft", "TTFT", latencies.arrival_ns, latencies.ttft_ms, windows),
-        _over_time("tpot", "TPOT", latencies.arrival_ns, latencies.tpot_ms, windows),
+        _over_time("ttft", "TTFT", arrival_ns, timings.ttft_ns / 1e6, windows),
+        _over_time("tpot", "TPOT", arrival_ns, timings.tpot_ns / 1e6, windows),
         _gaps_over_time(run, windows),
-        _over_time("e2el", "E2EL", latencies.arrival_ns, latencies.e2el_ms, windows),
+        _over_time("e2el", "E2EL", arrival_ns, timings.e2el_ns / 1e6, windows),
     ]
-    return [_distribution(latencies), *_phases(run, latencies), *over_time, _by_prompt(run)]
+    return [_distribution(timings), *_phases(run, timings), *over_time, _by_prompt(run)]
 
 
-def _distribution(latencies: Latencies) -> Plot:
+def _distribution(timings: ColumnTimings) -> Plot:
     traces: list[Trace] = []
     for name, values, counts in (
-        ("ttft", latencies.ttft_ms, None),
-        ("tpot", latencies.tpot_ms, None),
-        ("itl", latencies.gap_ms, latencies.gap_counts),
-        ("e2el", latencies.e2el_ms, None),
+        ("ttft", timings.ttft_ns, None),
+        ("tpot", timings.tpot_ns, None),
+        ("itl", timings.gaps_ns, timings.gap_counts),
+        ("e2el", timings.e2el_ns, None),
     ):
-        known = values[~np.isnan(values)]
+        known = values[~np.isnan(values)] / 1e6
         if not known.size:
             continue
         at = weighted_quantiles(known, np.ones(known.size) if counts is None else counts, SHARES)
@@ -77,7 +78,7 @@ def _distribution(latencies: Latencies) -> Plot:
     )
 
 
-def _over_time(name: str, label: str, arrival_ns: NDArray[np.int64], values: Floats, windows: Windows) -> Plot:
+def _over_time(name: str, label: str, arrival_ns: Floats, values: Floats, windows: Windows) -> Plot:
     known = ~np.isnan(values)
     rows = windows.percentiles(arrival_ns[known], values[known], tuple(PERCENTILE_COLORS))
     return _percentile_plot(f"{name}-time", f"{label} over time of arrival", rows, label, windows, bool(known.any()))
@@ -85,16 +86,10 @@ def _over_time(name: str, label: str, arrival_ns: NDArray[np.int64], values: Flo
 
 def _gaps_over_time(run: RunColumns, windows: Windows) -> Plot:
     """Percentiles of the gaps that are a step's length, each as often as rows had it; first gaps have no instant."""
-    ends, gaps, counts = [np.zeros(0, np.int64)], [np.zeros(0)], [np.zeros(0, np.int64)]
-    for instance in run.instances:
-        if instance.role != "prefill":
-            end = instance.start_ns + instance.charged_ns
-            followers = (instance.num_seqs - instance.num_joined)[1:]
-            kept = followers > 0
-            ends.append(end[1:][kept])
-            gaps.append(np.diff(end)[kept] / 1e6)
-            counts.append(followers[kept])
-    when, gap, count = np.concatenate(ends), np.concatenate(gaps), np.concatenate(counts).astype(np.float64)
+    parts = [step_gaps(instance) for instance in run.instances]
+    when = np.concatenate([part.end_ns for part in parts])
+    gap = np.concatenate([part.gap_ns for part in parts]) / 1e6
+    count = np.concatenate([part.counts for part in parts]).astype(np.float64)
     rows = np.full((len(PERCENTILE_COLORS), windows.count), np.nan)
     order = np.argsort(when, kind="stable")
     cuts = np.searchsorted(when[order], windows.edges_ns)
@@ -129,19 +124,19 @@ def _percentile_plot(key: str, title: str, rows: Floats, label: str, windows: Wi
     )
 
 
-def _phases(run: RunColumns, latencies: Latencies) -> list[Plot]:
+def _phases(run: RunColumns, timings: ColumnTimings) -> list[Plot]:
     """Phases of E2EL and, larger, of TTFT."""
     phases = phases_of(run)
     before_first = {name: values for name, values in phases.items() if name not in ("transfer", "decode")}
     note = "" if run.moves is not None else "Movements were not kept: the load from the pool is in the prefill wait."
     return [
-        _stack("phases", "E2EL", phases, latencies.e2el_ms, note),
-        _stack("ttft-phases", "TTFT", before_first, latencies.ttft_ms, note),
+        _stack("phases", "E2EL", phases, timings.e2el_ns, note),
+        _stack("ttft-phases", "TTFT", before_first, timings.ttft_ns, note),
     ]
 
 
 def _stack(key: str, label: str, phases: Mapping[str, Floats], by: Floats, note: str) -> Plot:
-    """Mean phases of all requests, and of those around three percentiles of `by`, milliseconds."""
+    """Mean phases of all requests, and of those around three percentiles of `by`; phases in milliseconds."""
     groups: list[tuple[str, NDArray[np.bool_]]] = []
     if by.size:
         groups.append(("all, mean", np.ones(by.size, dtype=np.bool_)))
@@ -184,12 +179,12 @@ def _stack(key: str, label: str, phases: Mapping[str, Floats], by: Floats, note:
 
 
 def _by_prompt(run: RunColumns) -> Plot:
-    """TTFT against tokens to compute; few enough requests to look at."""
+    """TTFT against the prompt, colored by how much of it was cached; few enough requests to look at."""
     requests = run.requests
     done = np.flatnonzero(requests.is_finished)
     stride = max(-(-done.size // MOST_POINTS), 1)
     shown = done[::stride]
-    is_pooled = requests.num_cached_tokens[shown] > 0
+    cached = requests.num_cached_tokens[shown] / np.maximum(requests.num_prompt_tokens[shown], 1)
     ttft_ms = (requests.first_token_ns - requests.arrival_ns)[shown] / 1e6
     traces: list[Trace] = [
         {
@@ -202,8 +197,10 @@ def _by_prompt(run: RunColumns) -> Plot:
             "hovertemplate": "%{x} tokens, %{y:.4g} ms<extra>" + name + "</extra>",
         }
         for name, color, members in (
-            ("nothing cached", "#0072b2", ~is_pooled),
-            ("part of the prompt cached", "#e69f00", is_pooled),
+            # A block that all prompts begin with, of instructions say, makes nobody fast.
+            ("less than 10 % of the prompt cached", "#0072b2", cached < 0.1),
+            ("10 to 50 %", "#cc79a7", (cached >= 0.1) & (cached < 0.5)),
+            ("half and more", "#e69f00", cached >= 0.5),
         )
         if members.any()
     ]

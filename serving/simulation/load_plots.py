@@ -94,8 +94,9 @@ def queue_plots(run: RunColumns, windows: Windows) -> list[Plot]:
         Plot(
             key="queue",
             title="Requests that wait at an instance for a step, mean of each window",
-            traces=by_instance(run.instances, when, rows),
+            traces=by_instance(run.instances, when, rows) if any(row.any() for row in rows) else [],
             layout=x | {"yaxis": axis("requests")},
+            empty="nobody waited at an instance for a step",
         ),
     ]
 
@@ -153,7 +154,7 @@ def _utilization(instances: tuple[InstanceColumns, ...], windows: Windows) -> Pl
         "zmin": 0,
         "zmax": 100,
         "colorscale": "Viridis",
-        "colorbar": {"title": {"text": "busy [%]"}, "thickness": 12, "len": 1.0},
+        "colorbar": {"title": {"text": "busy [%]", "side": "right"}, "thickness": 12, "len": 1.0},
         "hovertemplate": "%{y}: %{z:.1f} % busy at %{x:.4g} s<extra></extra>",
     }
     return Plot(

@@ -29,7 +29,7 @@ from serving.simulation.verify import (
     shifts_s,
     with_all_instances,
 )
-from serving.simulator import SimulationResult, simulate
+from serving.simulator import SimulationResult, run_in_virtual_time
 from serving.system import System
 from serving.timings import Metric
 from serving.workloads.workload import Workload
@@ -73,7 +73,7 @@ def observe(config: RunConfig, workload: Workload, *, shards: str, address: str 
 
 def predict(config: RunConfig, workload: Workload) -> SimulationResult:
     """What `simulate` says."""
-    return simulate(config, workload, keep_events=True)
+    return run_in_virtual_time(config, workload, keep_events=True)
 
 
 def verify(
@@ -96,7 +96,7 @@ def verify(
     arrived = arrivals_of(observation.events)
     if not arrived:
         raise ServingError(f"verify: none of {len(workload)} requests came to the server")
-    same = simulate(config, as_arrived(workload, arrived), keep_events=True)
+    same = run_in_virtual_time(config, as_arrived(workload, arrived), keep_events=True)
     figures = with_all_instances(
         figures_of(prediction.bench, prediction.log.events),
         figures_of(bench, observation.events),

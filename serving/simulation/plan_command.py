@@ -1,7 +1,7 @@
 """`supernode plan`.
 
 Owns: its options, its table and its JSON, its exit codes: 0 when something holds the SLO, 1 when nothing does, 130 when
-it was interrupted.
+it was interrupted, after what was found so far.
 Must not know: how candidates are found and judged.
 """
 
@@ -46,7 +46,7 @@ def plan(
     """Find the cheapest split that holds an SLO at --rate, or the highest rate that --npus hold; say why others lost.
 
     Every candidate is simulated. Measured are the requests of the middle half of the arrivals; a run whose queue
-    grows, or that loses requests, holds nothing.
+    grows, or that loses requests, holds nothing. Ctrl-C prints what was found so far.
     """
     from tqdm import tqdm
 
@@ -85,6 +85,8 @@ def plan(
     if json_file is not None:
         values = _as_json(found, planner, slo) | {"rate": rate, "npus": npus, "wall_s": wall_s}
         json_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if found.is_interrupted:
+        raise typer.Exit(130)
     if found.chosen is None:
         raise typer.Exit(1)
 
@@ -108,7 +110,8 @@ def format_plan(found: "Plan", planner: "Planner", *, by_rate: bool) -> str:
     if by_rate and found.chosen is not None and found.chosen.split == planner.split(1, 1):
         lines.append("No smaller deployment exists.")
     if not found.is_complete:
-        lines.append(f"The search stopped after {len(planner.trials)} simulations; better ones may exist.")
+        how = "was interrupted" if found.is_interrupted else "stopped"
+        lines.append(f"The search {how} after {len(planner.trials)} simulations; better ones may exist.")
     return "\n".join(lines)
 
 
@@ -157,8 +160,9 @@ def _losers(found: "Plan", planner: "Planner", *, by_rate: bool) -> list[str]:
         elif by_rate:
             lines.append(f"{head}: holds, with more NPUs")
         else:
-            miss = found.first_misses[trial.split]
-            lines.append(f"{head}: up to {trial.rate:,.4g} req/s; at {miss.rate:,.4g}: {'; '.join(miss.reasons())}")
+            miss = found.first_misses.get(trial.split)  # None: the search stopped before
+            beyond = "" if miss is None else f"; at {miss.rate:,.4g}: {'; '.join(miss.reasons())}"
+            lines.append(f"{head}: up to {trial.rate:,.4g} req/s{beyond}")
     return lines
 
 
@@ -179,6 +183,7 @@ def _as_json(found: "Plan", planner: "Planner", slo: "Slo") -> dict[str, Any]:
         "chosen": None if found.chosen is None else _trial_json(found.chosen),
         "closest": None if found.chosen or found.closest is None else _trial_json(found.closest),
         "is_complete": found.is_complete,
+        "interrupted": found.is_interrupted,
         "notes": found.notes,
         "num_simulations": len(planner.trials),
         "trials": [_trial_json(trial) for trial in planner.trials.values()],

@@ -63,7 +63,8 @@ class Plan:
         default_factory=dict
     )  # of a search for a rate: just above the one that holds
     notes: list[str] = field(default_factory=list)
-    is_complete: bool = True  # False: the simulations allowed did not suffice
+    is_complete: bool = True  # False: the simulations allowed did not suffice, or it was interrupted
+    is_interrupted: bool = False
 
     @property
     def held(self) -> list[Trial]:

@@ -81,7 +81,10 @@ class Planner:
         self.trials: dict[tuple[Split, Caps, float], Trial] = {}
 
     def cheapest(self, rate: float) -> Plan:
-        """The fewest NPUs that hold the SLO at `rate`; of equally many, the fewest decode instances."""
+        """The fewest NPUs that hold the SLO at `rate`; of equally many, the fewest decode instances.
+
+        Ctrl-C ends the search: the plan is what was found so far, and `is_interrupted`.
+        """
         plan = Plan()
         wanted = rate / self._decode_rate if self._decode_rate else 1.0
         least = max(1, math.ceil(wanted / ESTIMATE_SLACK))
@@ -100,15 +103,15 @@ class Planner:
                     break
                 self._fewest_prefill(plan, decode, rate, guess=guess, most=most)
                 plan.chosen = min(plan.held, key=lambda trial: trial.split, default=None)
-        except _Exhausted:
-            plan.is_complete = False
+        except (_Exhausted, KeyboardInterrupt) as end:
+            self._end_early(plan, end)
             plan.chosen = min(plan.held, key=lambda trial: trial.split, default=None)
         return plan
 
     def highest_rate(self, num_npus: int) -> Plan:
         """The highest rate, to 2 %, that any split of at most `num_npus` holds.
 
-        Raises ConfigError if not even one instance of each role fits.
+        Ctrl-C as for `cheapest`. Raises ConfigError if not even one instance of each role fits.
         """
         splits = self._maximal_splits(num_npus)
         guesses = {split: self._guess(split) for split in splits}
@@ -120,14 +123,22 @@ class Planner:
             for split in splits:
                 found = self._highest_step(plan, split, reference, above=best)
                 best = best if found is None else found
-        except _Exhausted:
-            plan.is_complete = False
+        except (_Exhausted, KeyboardInterrupt) as end:
+            self._end_early(plan, end)
         plan.chosen = max(plan.held, key=lambda trial: trial.rate, default=None)
         return plan
 
     def split(self, prefill: int, decode: int) -> Split:
         """So many instances of each role."""
         return Split(prefill=prefill, decode=decode, num_npus=prefill * self._npus[0] + decode * self._npus[1])
+
+    def _end_early(self, plan: Plan, end: BaseException) -> None:
+        """Bring what was tried of the split at which the search stopped into the plan."""
+        plan.is_complete, plan.is_interrupted = False, isinstance(end, KeyboardInterrupt)
+        for trial in self.trials.values():
+            known = plan.outcomes.setdefault(trial.split, trial)
+            if not known.holds and (trial.holds or trial.excess < known.excess):
+                plan.outcomes[trial.split] = trial
 
     def _maximal_splits(self, num_npus: int) -> list[Split]:
         """Splits to which no instance can be added."""

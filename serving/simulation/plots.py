@@ -17,7 +17,7 @@ from serving.simulation.columns import InstanceColumns
 from serving.simulation.windows import Windows
 
 Trace = dict[str, Any]
-MOST_LINES = 6  # instances of a role that get a line of their own; of more, the mean and the range are drawn
+MOST_LINES = 4  # instances of a role that get a line of their own; of more, the mean and the range are drawn
 GRAY = "#8a8f98"
 ROLE_COLORS: Mapping[str, str] = {"prefill": "#0072b2", "decode": "#d55e00", "colocated": "#009e73"}
 PLANE_COLORS: Mapping[str, str] = {"rdma": "#cc79a7", "ub": "#e69f00"}

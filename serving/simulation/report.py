@@ -14,7 +14,7 @@ from serving.records import Goodput
 from serving.simulation.columns import RunColumns
 from serving.simulation.figures import summarize_columns, throughput
 from serving.simulation.flow_plots import flow_plots
-from serving.simulation.latencies import latencies_of
+from serving.simulation.latencies import column_timings
 from serving.simulation.latency_plots import latency_plots
 from serving.simulation.load_plots import instance_plots, queue_plots, throughput_plots
 from serving.simulation.plots import scaled_bytes
@@ -44,7 +44,6 @@ def write_report(
     """Write the report of a run, about 5 MB, nearly all of it plotly.js; `name` is that of the configuration.
 
     Values in plots are rounded to six digits. Lines have at most 300 points whatever the size of the run.
-    ModuleNotFoundError without plotly.
     """
     path.write_text(report_html(config, workload, run, name=name, goodput=goodput), encoding="utf-8")
 
@@ -58,7 +57,7 @@ def report_html(
     goodput: Goodput | None = None,
 ) -> str:
     """The page itself."""
-    requests, latencies = run.requests, latencies_of(run)
+    requests, timings = run.requests, column_timings(run, np.flatnonzero(run.requests.is_finished))
     summary = summarize_columns(run, percentiles=PERCENTILES, goodput=goodput)
     end_ns = max(
         round(run.simulated_s * 1e9),
@@ -69,9 +68,9 @@ def report_html(
     )
     windows = Windows.over(end_ns, most=MOST_WINDOWS)
     load_windows = Windows.over(end_ns, most=min(max(len(requests) // LEAST_ARRIVALS, 12), MOST_WINDOWS))
-    most = min(max(len(latencies.ttft_ms) // LEAST_PER_WINDOW, 1), MOST_PERCENTILE_WINDOWS)
+    most = min(max(timings.count // LEAST_PER_WINDOW, 1), MOST_PERCENTILE_WINDOWS)
     sections = [
-        Section(title="Latency", plots=latency_plots(run, latencies, Windows.over(end_ns, most=most))),
+        Section(title="Latency", plots=latency_plots(run, timings, Windows.over(end_ns, most=most))),
         Section(title="Load", plots=[*throughput_plots(run, load_windows), *queue_plots(run, windows)]),
         Section(title="Instances", plots=instance_plots(run, windows)),
         Section(title="Where tokens and bytes go", plots=flow_plots(run)),
@@ -131,12 +130,15 @@ def _figures(config: RunConfig, run: RunColumns, summary: Summary) -> Table:
     for role in dict.fromkeys(instance.role for instance in run.instances):
         members = [instance for instance in run.instances if instance.role == role]
         busy_s = sum(instance.busy_ns for instance in members) / 1e9 / len(members)
-        rows.append((f"{role}, busy", f"{100 * busy_s / summary.duration_s:.1f} %" if summary.duration_s else "-"))
+        rows.append((f"{role}, busy", _percent(busy_s, summary.duration_s)))
+        if role != "prefill" and busy_s:
+            seq_s = sum(float(i.num_seqs @ i.charged_ns) / 1e9 / (i.max_num_seqs * i.num_ranks) for i in members)
+            rows.append((f"{role}, slots used in a step", _percent(seq_s, busy_s * len(members))))
     rate = summary.cache_hit_rate
     rows.append(("prompt tokens cached", "-" if rate is None else f"{100 * rate:.1f} %"))
     if run.pool is not None:
         asked = run.pool.num_hits + run.pool.num_misses
-        rows.append(("pool blocks found", f"{100 * run.pool.num_hits / asked:.1f} %" if asked else "-"))
+        rows.append(("pool blocks asked for, found", _percent(run.pool.num_hits, asked)))
         rows.append(("pool blocks evicted", f"{run.pool.num_evicted:,}"))
     if run.num_drafts:
         rows.append(("drafts accepted", f"{100 * run.num_accepted / run.num_drafts:.1f} %"))
@@ -150,6 +152,10 @@ def _figures(config: RunConfig, run: RunColumns, summary: Summary) -> Table:
     if run.wall_s:
         rows.append(("simulated in", f"{run.wall_s:,.3g} s, {scaled_bytes(run.peak_rss_bytes)} at most"))
     return Table(rows=rows)
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
 def _latency_table(summary: Summary) -> Table:

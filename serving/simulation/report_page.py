@@ -31,6 +31,7 @@ td.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
 .plots {{ display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 6px 28px; }}
 .plots > div {{ min-width: 0; }}
 .wide {{ grid-column: 1 / -1; }}
+.modebar-container {{ top: -24px !important; }}  /* beside the title, not over the legend */
 .empty {{ color: #59636e; padding: 18px 0; }}
 @media (max-width: 900px) {{ .plots {{ grid-template-columns: minmax(0, 1fr); }} }}
 """
@@ -55,7 +56,7 @@ _DRAW = """
 for (const element of document.querySelectorAll('script[type="application/json"]')) {
   const figure = JSON.parse(element.textContent);
   Plotly.newPlot(element.dataset.target, figure.data, figure.layout, {responsive: true, displaylogo: false,
-    modeBarButtonsToRemove: ['select2d', 'lasso2d', 'autoScale2d']});
+    modeBarButtonsToRemove: ['select2d', 'lasso2d', 'autoScale2d', 'zoomIn2d', 'zoomOut2d']});
 }
 """
 
@@ -80,7 +81,7 @@ class Section:
 def page(
     *, title: str, subtitle: str, warnings: Sequence[str], tables: Sequence[Table], sections: Sequence[Section]
 ) -> str:
-    """The whole file. ModuleNotFoundError with what to install if plotly is missing."""
+    """The whole file."""
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -101,10 +102,8 @@ def page(
 
 
 def _plotly_js() -> str:
-    try:
-        from plotly.offline import get_plotlyjs  # only here: nobody else needs it, and it is not quick to import
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a report needs the package plotly: pip install plotly") from error
+    from plotly.offline import get_plotlyjs  # only here: nobody else needs it, and it is not quick to import
+
     script: str = get_plotlyjs()
     return script
 

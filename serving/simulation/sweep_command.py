@@ -8,7 +8,6 @@ Must not know: how points run, what a row holds.
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,8 +72,6 @@ def sweep(
 
     if out.suffix != ".parquet":
         raise ConfigError(f"--out: {out} must end in .parquet")
-    if find_spec("pyarrow") is None:
-        raise ConfigError(f"--out: {out}: needs pyarrow: pip install 'supernode-infer[tables]'")
     if plot is not None:
         check_suffix(plot)
     if where and search is None:

@@ -57,21 +57,24 @@ def _throughput_rows(throughput: Figures) -> list[str]:
 
 
 def _instance_rows(instances: Sequence[Figures]) -> list[str]:
-    rows = ["Instances".center(WIDTH, "-"), f"{'':<12}{'busy %':>7}{'steps':>8}{'batch':>8}{'queue':>7}{'KV %':>8}"]
+    """Busy is the share of the time that passes in steps, fill how much of the batch's cap they use meanwhile."""
+    head = f"{'':<12}{'busy%':>6}{'steps':>8}{'batch':>8}{'fill%':>6}{'queue':>6}{'KV%':>4}"
+    rows = ["Instances".center(WIDTH, "-"), head]
     groups = _by_role(instances) if len(instances) > MAX_INSTANCE_ROWS else {i["instance_id"]: [i] for i in instances}
     for name, group in groups.items():
         steps = [instance["steps"] for instance in group]
         batch = [instance["mean_batch"] for instance in group]
-        queue, kv = ([instance[key]["mean"] for instance in group] for key in ("queue", "kv_occupancy"))
+        queue, kv = (_mean(instance[key]["mean"] for instance in group) for key in ("queue", "kv_occupancy"))
+        fills = [instance["batch_fill"]["mean"] for instance in group if instance["batch_fill"] is not None]
         label = name if len(group) == 1 else f"{name} x{len(group)}"
         rows.append(
-            f"{label:<12}{100 * _mean(i['busy_share'] for i in group):>7.1f}{_mean(steps):>8.0f}{_mean(batch):>8.1f}"
-            f"{_mean(queue):>7.1f}{100 * _mean(kv):>8.1f}"
+            f"{label:<12}{100 * _mean(i['busy_share'] for i in group):>6.1f}{_mean(steps):>8.0f}{_mean(batch):>8.1f}"
+            f"{f'{100 * _mean(fills):.1f}' if fills else '-':>6}{queue:>6.{0 if queue >= 100 else 1}f}{100 * kv:>4.0f}"
         )
         if len(group) > 1:
             busy = [100 * i["busy_share"] for i in group]
-            rows.append(f"{'  busiest':<12}{max(busy):>7.1f}")
-            rows.append(f"{'  idlest':<12}{min(busy):>7.1f}")
+            rows.append(f"{'  busiest':<12}{max(busy):>6.1f}")
+            rows.append(f"{'  idlest':<12}{min(busy):>6.1f}")
     return rows
 
 

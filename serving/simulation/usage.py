@@ -20,7 +20,8 @@ def instance_figures(run: RunColumns, index: int) -> Figures:
 
     `queue` are the requests that have their place here and do not run yet: until their prefill begins, or until their
     KV has arrived; over the simulated time, without preempted requests. What was seen at the start of steps, the KV
-    occupancy and those who found no room in the step, is weighted by the steps' times.
+    occupancy, those who found no room in the step, and how full the batch was of what its cap allows, is weighted by
+    the steps' times. A prefill instance is full by tokens, not by requests: its fill is None.
     """
     instance, simulated_s = run.instances[index], run.simulated_s
     num_steps, busy_ns = len(instance.start_ns), instance.busy_ns
@@ -38,6 +39,9 @@ def instance_figures(run: RunColumns, index: int) -> Figures:
         "mean_batch": float(instance.num_seqs.mean()) if num_steps else 0.0,
         "max_batch": int(instance.num_seqs.max(initial=0)),
         "mean_batch_per_rank": float(instance.num_seqs.mean()) / instance.num_ranks if num_steps else 0.0,
+        "batch_fill": None
+        if instance.role == "prefill"
+        else _level(instance.num_seqs / (instance.max_num_seqs * instance.num_ranks), instance.charged_ns),
         "queue": _depth(*_waits_at(run, index), simulated_s),
         "waiting_at_steps": _level(instance.num_waiting, instance.charged_ns),
         "kv_occupancy": _level(instance.num_used_blocks / instance.num_blocks, instance.charged_ns),

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.errors import ConfigError
 from serving.workloads.requests import Ints, RequestTable
 from serving.workloads.traces import LARGEST, TraceError, TraceOptions
 from serving.workloads.workload import Workload, to_ns
@@ -22,7 +21,7 @@ _MAX_TIME_S = 1e9  # in ns it has to fit in 64 bits
 
 
 def load_servegen(path: str | Path, options: TraceOptions | None = None) -> Workload:
-    """Read a sample. It has no content: every prompt is a different one. Needs pyarrow."""
+    """Read a sample. It has no content: every prompt is a different one."""
     path, options = Path(path), options or TraceOptions()
     columns = read_columns(path, SERVEGEN_COLUMNS)
     times_s = columns["t_s"].astype(np.float64)
@@ -44,11 +43,9 @@ def load_servegen(path: str | Path, options: TraceOptions | None = None) -> Work
 
 def read_columns(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     """Columns of numbers of a parquet file. Raises TraceError if they are not there, or hold something else."""
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ConfigError(f"{path}: a parquet file needs pyarrow: pip install 'supernode-infer[tables]'") from error
+    import pyarrow  # takes longer to import than a small trace of text takes
+    import pyarrow.parquet as parquet
+
     if not path.exists():
         raise TraceError(path, None, None, "no such file")
     try:

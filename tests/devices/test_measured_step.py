@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from devices.measured_step import decode_step, nodes_of, prefill_step
 from devices.measured_tables import MeasuredTables, OutOfGrid, UnknownEntry
-
-pyarrow = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "aiconfigurator"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the folder of measured tables is not beside the project")

@@ -1,16 +1,14 @@
 """Tables from files: the rows that count, the meaning of columns, both layouts, and what is said when one lacks."""
 
-import sys
 from pathlib import Path
 from statistics import median
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from devices.measured_tables import MeasuredTables, OutOfGrid, TableError, TablesUnavailable, UnknownEntry
 from devices.table_files import OPERATORS
-
-pyarrow = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "aiconfigurator"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the folder of measured tables is not beside the project")
@@ -117,11 +115,7 @@ def test_what_is_not_there_is_named(folder, tmp_path_factory):
         tables.seconds("gemm_fp8", m=float("inf"), n=512, k=512)
 
 
-def test_without_pyarrow_or_the_package_the_extra_is_named(folder, monkeypatch):
-    tables = MeasuredTables.from_directory(folder, gpu="h100")
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(TablesUnavailable, match=r"need pyarrow: pip install 'supernode-infer\[tables\]'"):
-        tables.grids("gemm_fp8")
+def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("devices.measured_tables.PACKAGE", "no_such_package_of_tables")
     with pytest.raises(TablesUnavailable, match=r"supernode-infer\[tables-package\]"):
         MeasuredTables.from_package(gpu="h100")

@@ -11,7 +11,7 @@ from serving.expert_load import ExpertLoad, read_total_load
 from serving.local_devices import local_transport
 from serving.placement import place_experts, rank_imbalance
 from serving.plan import format_plan
-from serving.simulator import run_in_virtual_time, simulate
+from serving.simulator import run_in_virtual_time
 from serving.workloads.load import load_workload
 
 LAYERS, EXPERTS = 2, 16  # of the tests' small model
@@ -144,7 +144,7 @@ def test_a_run_exports_the_load_of_every_instance_and_can_be_placed_by_it(make_c
 
 def test_timing_shards_have_no_load(make_config):
     config = make_config("disaggregated", "workload.num_requests=2")
-    assert simulate(config, load_workload(config)).bench.expert_load is None
+    assert run_in_virtual_time(config, load_workload(config)).bench.expert_load is None
 
 
 def test_the_file_has_every_part_and_their_sum(make_config):

@@ -9,7 +9,7 @@ from serving.config_file import load_config
 from serving.errors import ConfigError
 from serving.plan import check_plan, die_plan, format_plan, requests_that_fit
 from serving.ray_devices import check_random_weights
-from serving.simulator import simulate
+from serving.simulator import run_in_virtual_time
 from serving.workloads.load import load_workload
 
 FULL_SIZE = ["cloudmatrix384", "cloudmatrix384-full", "h800-ep144"]
@@ -213,7 +213,7 @@ def test_a_few_requests_take_what_the_estimate_says(name, hit_share):
     from serving.estimation.what_if import estimate
 
     config = load_config(name, [SHORT])
-    result = simulate(config, load_workload(config))
+    result = run_in_virtual_time(config, load_workload(config))
     assert result.bench.exit_code == 0
     records = result.bench.records
     assert {(record.outcome, record.num_output_tokens) for record in records} == {("finished", 64)}
@@ -239,7 +239,7 @@ def test_prefill_under_load_reaches_its_estimate(name, published):
 
     workload = SHORT.replace("20", "640", 1).replace("10.0", "inf").replace("64,", "1,").replace("s: 2, ", "s: 0, ")
     config = load_config(name, [workload.replace("2048", "0"), "instances.prefill.count=1"])
-    result = simulate(config, load_workload(config))
+    result = run_in_virtual_time(config, load_workload(config))
     npus = config.instances["prefill"].npus
     rate = 640 * 4096 / result.simulated_s / npus
     expected = estimate("prefill", hardware=config.hardware.name)["tokens_per_s_per_npu"]

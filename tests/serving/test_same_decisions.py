@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from model.reference import ReferenceModel
 from serving.local_devices import local_transport
 from serving.report import to_json
-from serving.simulator import run_in_virtual_time, simulate
+from serving.simulator import run_in_virtual_time
 from serving.workloads.load import load_workload
 
 FEW = "workload={num_requests: 8, input_len: 24, output_len: 5, num_prefixes: 2, prefix_len: 16, request_rate: 40}"
@@ -27,7 +27,7 @@ def both(checkpoint):
 
     def run(config):
         workload = load_workload(config)
-        simulated = simulate(config, workload, keep_events=True)
+        simulated = run_in_virtual_time(config, workload, keep_events=True)
         replayed = run_in_virtual_time(
             config, workload, open_transport=lambda: local_transport(config, checkpoint), keep_events=True
         )
@@ -116,20 +116,20 @@ def test_any_small_run_decides_alike_and_gives_the_reference_tokens(both, make_c
 
 def test_a_repetition_is_equal_to_the_byte_and_another_seed_is_another_run(make_config):
     config, other = make_config("laptop", FEW), make_config("laptop", FEW, "seed=1")
-    first, again = (simulate(config, load_workload(config)) for _ in range(2))
+    first, again = (run_in_virtual_time(config, load_workload(config)) for _ in range(2))
     assert first.digest == again.digest
     assert without_wall(first) == without_wall(again)
-    assert simulate(other, load_workload(other)).digest != first.digest
+    assert run_in_virtual_time(other, load_workload(other)).digest != first.digest
 
 
 @pytest.mark.parametrize("policy", ["least_loaded", "power_of_two"])
 def test_no_decision_depends_on_the_seed_of_pythons_hashes(policy):
     script = (
         "from serving.config_file import load_config\n"
-        "from serving.simulator import simulate\n"
+        "from serving.simulator import run_in_virtual_time\n"
         "from serving.workloads.load import load_workload\n"
         f"config = load_config('laptop-2p2d', ['workload.num_requests=30', 'router.policy={policy}'])\n"
-        "print(simulate(config, load_workload(config)).digest)"
+        "print(run_in_virtual_time(config, load_workload(config)).digest)"
     )
     digests = {
         subprocess.run(

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import math
 
 import pytest
 
 from serving.errors import ConfigError, EngineFailure
-from serving.simulator import run_in_virtual_time, simulate
+from serving.run_info import run_info
+from serving.simulator import run_in_virtual_time
 from serving.workloads.load import load_workload
 from serving.workloads.requests import WorkloadRequest
 from serving.workloads.traces import TraceError
@@ -38,7 +40,7 @@ def events_of(result, request_id, *kinds):
 def test_records_agree_with_the_events(make_config):
     config = make_config("laptop", "workload={num_requests: 20, input_len: 40, output_len: 9, prefix_len: 16}")
     workload = load_workload(config)
-    result = simulate(config, workload, keep_events=True)
+    result = run_in_virtual_time(config, workload, keep_events=True)
     records = result.bench.records
     assert [record.request_id for record in records] == [item.request_id for item in workload.requests]
     for item, record in zip(workload.requests, records, strict=True):
@@ -67,17 +69,26 @@ def test_records_agree_with_the_events(make_config):
     assert 0 < figures["decode-0 busy share"] <= 1
 
 
+@pytest.mark.parametrize(
+    ("arrivals_ns", "rate"), [((0, 10**9, 4 * 10**9), 0.75), ((0, 0, 0), math.inf), ((None, None, None), math.inf)]
+)
+def test_the_rate_of_a_result_is_that_of_the_arrivals(make_config, arrivals_ns, rate):
+    """Whatever rate the configuration has for a workload of its own."""
+    workload = workload_of(*((10, 5, arrival_ns) for arrival_ns in arrivals_ns))
+    assert run_info(make_config("laptop", "workload.request_rate=9"), workload).request_rate == rate
+
+
 def test_without_keeping_events_the_digest_is_the_same(make_config):
     config = make_config("laptop", "workload={num_requests: 5, input_len: 20, output_len: 4, prefix_len: 8}")
     workload = load_workload(config)
-    kept, plain = simulate(config, workload, keep_events=True), simulate(config, workload)
+    kept, plain = run_in_virtual_time(config, workload, keep_events=True), run_in_virtual_time(config, workload)
     assert plain.digest == kept.digest
     assert plain.log.events == []
 
 
 def test_a_closed_loop_sends_a_request_when_another_ends(make_config):
     config = make_config("laptop", "workload.max_concurrency=3", "workload.input_len=70", "workload.num_requests=12")
-    result = simulate(config, load_workload(config), keep_events=True)
+    result = run_in_virtual_time(config, load_workload(config), keep_events=True)
     num_running = 0
     most = 0
     ends = []
@@ -94,7 +105,7 @@ def test_a_closed_loop_sends_a_request_when_another_ends(make_config):
 
 def test_all_at_once_means_one_instant(make_config):
     config = make_config("colocated", "workload.request_rate=inf", "workload.num_requests=9")
-    result = simulate(config, load_workload(config), keep_events=True)
+    result = run_in_virtual_time(config, load_workload(config), keep_events=True)
     assert {event.now_ns for event in result.log.events if event.kind == "arrive"} == {0}
     assert all(record.outcome == "finished" for record in result.bench.records)
 
@@ -104,7 +115,7 @@ def test_a_request_that_is_refused_has_a_record_too(make_config):
         "disaggregated", "instances.decode.npus=1", "instances.decode.max_num_seqs=1", "scheduler.max_queued_requests=1"
     )
     workload = workload_of((10, 5, 0), (10, 5, 0), (10, 5, 0), (120, 9, 10**10), (10, 5, 2 * 10**10))
-    result = simulate(config, workload)
+    result = run_in_virtual_time(config, workload)
     assert [(record.outcome, record.reason) for record in result.bench.records] == [
         ("finished", "length"),
         ("finished", "length"),
@@ -128,7 +139,7 @@ def test_a_trace_keeps_its_shared_prefixes(make_config, tmp_path):
     config = make_config("disaggregated")
     workload = load_workload(config, trace=trace, trace_divisor=64)
     assert [(item.num_prompt_tokens, item.max_tokens) for item in workload.requests] == [(32, 4), (40, 1), (16, 64)]
-    result = simulate(config, workload, keep_events=True)
+    result = run_in_virtual_time(config, workload, keep_events=True)
     assert [record.num_cached_tokens for record in result.bench.records] == [0, 32, 0]
     arrivals = [event.now_ns for event in result.log.events if event.kind == "arrive"]
     assert all(later - earlier >= 1e9 for earlier, later in itertools.pairwise(arrivals))
@@ -189,7 +200,7 @@ def test_devices_that_cannot_be_opened_are_no_result(make_config):
 def test_a_prefill_instance_is_free_for_the_next_prompt_once_the_last_is_handed_over(make_config):
     """It has blocks for one of the prompts: they decode together nevertheless."""
     config = make_config("laptop", "instances.prefill.num_blocks=16")
-    result = simulate(config, workload_of(*[(200, 50, 0)] * 3), keep_events=True)
+    result = run_in_virtual_time(config, workload_of(*[(200, 50, 0)] * 3), keep_events=True)
     ends = [events_of(result, f"r{i}", "outcome")[0].now_ns for i in range(3)]
     prefilled = [events_of(result, f"r{i}", "done")[0].now_ns for i in range(3)]
     transfers = [events_of(result, f"r{i}", "kv_transfer")[0].now_ns for i in range(3)]

@@ -18,7 +18,7 @@ from serving.errors import ConfigError
 from serving.local_devices import local_transport
 from serving.plan import block_bytes, die_plan
 from serving.report import to_json
-from serving.simulator import run_in_virtual_time, simulate
+from serving.simulator import run_in_virtual_time
 from serving.workloads.load import load_workload
 from tests.drafted import write_drafted_checkpoint
 
@@ -95,7 +95,7 @@ def test_the_hand_over_carries_the_modules_latents_and_one_hidden_state(make_con
     on = make_config("laptop", "timing.model=model/deepseek-r1.yaml", FEW, ON)
     sizes = []
     for run in (config, on):
-        events = simulate(run, load_workload(run), keep_events=True).log.events
+        events = run_in_virtual_time(run, load_workload(run), keep_events=True).log.events
         sizes.append({e.subject: dict(e.details)["bytes"] for e in events if e.kind == "kv_transfer"})
     assert len(sizes[0]) == 8
     for request_id, num_bytes in sizes[0].items():
@@ -109,7 +109,7 @@ def test_figures_of_a_simulated_run_follow_the_assumed_acceptance(make_config):
     tpots = []
     for acceptance in (0.0, 0.7, 1.0):
         config = make_config("laptop", workload, ON, f"speculative.acceptance={acceptance}")
-        result = simulate(config, load_workload(config)).bench
+        result = run_in_virtual_time(config, load_workload(config)).bench
         assert result.exit_code == 0
         stats = result.spec_decode
         assert stats.acceptance_rate / 100 == pytest.approx(acceptance, abs=0.05)
@@ -117,7 +117,7 @@ def test_figures_of_a_simulated_run_follow_the_assumed_acceptance(make_config):
         tpots.append(result.summary.simulated["tpot"].mean_ms)
     assert tpots[0] > 1.4 * tpots[1] > 1.5 * tpots[2]
     off = make_config("laptop", workload)
-    plain = simulate(off, load_workload(off)).bench
+    plain = run_in_virtual_time(off, load_workload(off)).bench
     assert plain.spec_decode is None
     assert tpots[0] > plain.summary.simulated["tpot"].mean_ms > tpots[1]  # a module that guesses nothing costs time
 
@@ -125,9 +125,9 @@ def test_figures_of_a_simulated_run_follow_the_assumed_acceptance(make_config):
 def test_acceptance_is_drawn_by_request(make_config):
     """Not by the batch, nor by the scheduler: the same drafts are right in a crowd and alone."""
     config = make_config("colocated", FEW, ON)
-    crowded = simulate(config, load_workload(config)).bench.records
+    crowded = run_in_virtual_time(config, load_workload(config)).bench.records
     alone = make_config("colocated", FEW, ON, "workload.max_concurrency=1")
-    one_by_one = simulate(alone, load_workload(alone)).bench.records
+    one_by_one = run_in_virtual_time(alone, load_workload(alone)).bench.records
     chunks = [[len(record.simulated.itl_ns) for record in records] for records in (crowded, one_by_one)]
     assert chunks[0] == chunks[1]
     assert len(set(chunks[0])) > 1
@@ -136,10 +136,10 @@ def test_acceptance_is_drawn_by_request(make_config):
 def test_no_draw_depends_on_the_seed_of_pythons_hashes():
     script = (
         "from serving.config_file import load_config\n"
-        "from serving.simulator import simulate\n"
+        "from serving.simulator import run_in_virtual_time\n"
         "from serving.workloads.load import load_workload\n"
         f"config = load_config('laptop', ['workload.num_requests=20', '{ON}'])\n"
-        "print(simulate(config, load_workload(config)).digest)"
+        "print(run_in_virtual_time(config, load_workload(config)).digest)"
     )
     digests = {
         subprocess.run(
@@ -160,7 +160,7 @@ def test_simulate_and_replay_decide_alike_if_all_drafts_are_right(make_config, c
     write_drafted_checkpoint(tmp_path, ModelConfig.from_file(checkpoint / "config.json"))
     config = make_config(name, FEW, ON, "speculative.acceptance=1")
     workload = load_workload(config)
-    simulated = simulate(config, workload, keep_events=True)
+    simulated = run_in_virtual_time(config, workload, keep_events=True)
     replayed = run_in_virtual_time(
         config, workload, open_transport=lambda: local_transport(config, tmp_path), keep_events=True
     )

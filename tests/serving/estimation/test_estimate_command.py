@@ -168,7 +168,6 @@ def test_what_cannot_be_parsed_is_refused(ask, arguments, told):
 )
 @pytest.mark.parametrize("gpu", ["h100", "h200"])
 def test_measured_tables_answer_with_the_same_keys(ask, gpu, arguments, keys):
-    pytest.importorskip("pyarrow")
     code, out, err = ask(*arguments, "--hardware", gpu, "--tables", DATA, "--json")
     assert (code, err) == (0, "")
     told = json.loads(out)
@@ -192,7 +191,6 @@ def test_measured_tables_answer_with_the_same_keys(ask, gpu, arguments, keys):
     ],
 )
 def test_beyond_the_tables_there_is_no_answer(ask, arguments, told):
-    pytest.importorskip("pyarrow")
     code, out, err = ask(*arguments, "--hardware", "h100", "--tables", DATA)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"error: {told}")

@@ -52,6 +52,14 @@ def test_table_3(balance, tokens_per_s):
     assert ours["pool_load_ms"] == 0
 
 
+def test_the_module_s_latents_cost_a_layer_more_to_compute_and_to_load():
+    plain, filling = (prefill(prompt_len=4096, tokens_per_npu=16384, mtp=mtp, reuse=0.5) for mtp in (0, 1))
+    more = {name for name, ms in filling["breakdown"].items() if ms != plain["breakdown"].get(name)}
+    assert more == {"mtp", "pool_load"}
+    assert 1 < filling["breakdown"]["mtp"] / (plain["layer_us"] / 1e3) < 2  # a layer in one batch, and its projection
+    assert filling["pool_load_ms"] / plain["pool_load_ms"] == pytest.approx(62 / 61, rel=1e-3)  # layers
+
+
 def test_tables_7_and_10():
     """arXiv 2506.12708v2: the payload of table 7 is latency times bandwidth; table 10 counts naive bytes."""
     for exchange, megabytes in ((dispatch, 8.2), (combine, 15.4)):
@@ -198,6 +206,8 @@ def test_an_odd_batch_lies_between_its_neighbors():
         ("decode", {"hardware": {}}, "hardware: npu: missing"),
         ("decode", {"hardware": "no.yaml"}, "hardware: no part 'no.yaml'"),
         ("decode", {"model": "gpt"}, "model: 'gpt' is not shipped, only deepseek-r1, mini-r1"),
+        ("prefill", {"mtp": 2}, "mtp: 2 must be at most 1 in prefill"),
+        ("prefill", {"model": "mini-r1", "ep": 8, "mtp": -1}, "mtp: -1 must be at least 0"),
         ("prefill", {"reuse": 1.01}, "reuse: 1.01 must be from 0 to 1"),
         ("prefill", {"pool_plane": "rdma"}, "pool_plane: 'rdma' is not one of ub, vpc, none"),
         ("prefill", {"prompt_len": 10**7}, "prompt_len: 10000000 exceeds the batch of 262144 tokens"),

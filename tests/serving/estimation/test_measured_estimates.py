@@ -18,8 +18,6 @@ from serving.estimation.measured_estimates import (
 from serving.estimation.measured_rows import measured_rows
 from serving.estimation.what_if import estimate
 
-pytest.importorskip("pyarrow")
-
 ROOT = Path(__file__).parents[3]
 DATA = ROOT.parent / "shared" / "data" / "aiconfigurator"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the folder of measured tables is not beside the project")

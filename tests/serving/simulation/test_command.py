@@ -1,5 +1,6 @@
 """`supernode simulate` as a person or a script meets it."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,8 +9,11 @@ import pytest
 
 from serving import cli
 from serving.errors import ConfigError
+from serving.records import OUTCOMES
 from serving.report import WIDTH
-from serving.simulation.command import check_served
+from serving.simulation.command import check_served, exit_code
+from serving.simulation.figures import bench_result
+from serving.workloads.load import load_workload
 from serving.workloads.requests import WorkloadRequest
 from serving.workloads.workload import Workload
 
@@ -78,6 +82,48 @@ def test_strict_names_the_first_request_that_cannot_be_served(make_config):
         "--strict: request r1: prompt_too_long: 100 + 29 tokens exceed max_model_len 128; "
         "2 of 4 requests cannot be served"
     )
+
+
+def test_what_is_rejected_is_counted_and_no_failure_of_the_run(supernode, tmp_path):
+    values = tmp_path / "out.json"
+    crowd = ("workload.request_rate=inf", "instances.decode.max_num_seqs=1", "scheduler.max_queued_requests=1")
+    sets = [word for key in crowd for word in ("--set", key)]
+    code, out, _ = supernode(*SMALL, *sets, "--json", str(values))
+    assert code == 0
+    assert "rejected: queue_full" in out
+    told = json.loads(values.read_text())
+    assert told["rejected_by_reason"] == {"queue_full": told["failed"]}
+    assert told["failed"] == 8 - told["completed"] > 0
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_request_of_a_trace_that_does_not_fit_is_rejected_or_with_strict_stops_the_run(supernode, tmp_path, strict):
+    trace = tmp_path / "trace.jsonl"
+    rows = [{"timestamp": 3000 * i, "input_length": n, "output_length": 8} for i, n in enumerate((90, 300, 90))]
+    trace.write_text("".join(json.dumps(row | {"hash_ids": [i]}) + "\n" for i, row in enumerate(rows)))
+    arguments = ("simulate", "laptop", "--trace", str(trace), "--set", "model.max_model_len=256")
+    code, out, err = supernode(*arguments, *(["--strict"] if strict else []))
+    if strict:
+        assert (code, out) == (2, "")
+        assert "prompt_too_long: 300 + 8 tokens exceed max_model_len 256; 1 of 3 requests cannot be served" in err
+    else:
+        assert (code, err) == (0, "")
+        assert "Rejected:                                1" in out
+        assert "prompt_too_long" in out
+
+
+@pytest.mark.parametrize(
+    ("outcome", "held", "interrupted", "code"),
+    [("rejected", 0, False, 0), ("failed", 0, False, 1), ("rejected", 2, False, 1), ("aborted", 0, True, 130)],
+)
+def test_exit_codes(make_config, made_run, outcome, held, interrupted, code):
+    run = made_run(5)
+    outcomes = run.requests.outcome.copy()
+    outcomes[0] = OUTCOMES.index(outcome)
+    requests = dataclasses.replace(run.requests, outcome=outcomes)
+    run = dataclasses.replace(run, requests=requests, held_at_rest={"blocks": held}, interrupted=interrupted)
+    config = make_config("disaggregated")
+    assert exit_code(bench_result(config, load_workload(config), run)) == code
 
 
 @pytest.mark.parametrize(

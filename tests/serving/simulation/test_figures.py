@@ -99,6 +99,11 @@ def test_keys_and_sums_of_a_small_run(make_config):
         assert parts_ms == pytest.approx(instance["mean_step_ms"])
         assert 0 < instance["busy_share"] <= 1
         assert 0 < instance["kv_occupancy"]["mean"] <= instance["kv_occupancy"]["max"] <= 1
+    assert prefill["batch_fill"] is None
+    seqs, time_ns = run.instances[1].num_seqs, run.instances[1].charged_ns
+    slots = 4 * config.instances["decode"].max_num_seqs  # of four ranks
+    assert decode["batch_fill"]["mean"] == pytest.approx(np.average(seqs, weights=time_ns) / slots)
+    assert decode["batch_fill"]["max"] == seqs.max() / slots
     rates = values["throughput"]
     assert rates["output"]["num_tokens"] == values["total_output_tokens"]
     assert prefill["tokens"] == rates["prefill"]["num_tokens"] == cache["prompt_tokens"] - cache["cached_tokens"]

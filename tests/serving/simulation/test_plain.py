@@ -163,8 +163,10 @@ def test_refused_and_preempted_requests(make_config, run_driver):
 
 
 PROGRAM = """
-import sys, threading, os, signal
+import os, signal
+import numpy as np
 from serving.config_file import load_config
+from serving.simulation.figures import summarize_columns
 from serving.simulation.plain import run_plain
 from serving.simulation.run import simulate
 from serving.workloads.load import load_workload
@@ -178,6 +180,11 @@ def interrupt(num_over):
 run = {driver}(config, load_workload(config), on_progress=interrupt)
 print(run.interrupted, run.num_not_arrived + len(run.requests), int(run.requests.is_finished.sum()) >= 20,
       int(run.requests.is_finished.sum()) < 4000, any(run.held_at_rest.values()))
+summary = summarize_columns(run)
+num_started = np.count_nonzero(run.requests.first_token_ns >= 0)
+num_tokens = sum(int(instance.num_sampled.sum()) for instance in run.instances)
+print(summary.simulated["ttft"].count == summary.completed < num_started, summary.total_output_tokens < num_tokens,
+      summary.simulated["itl"].count == num_tokens - num_started)
 """
 
 
@@ -185,4 +192,7 @@ print(run.interrupted, run.num_not_arrived + len(run.requests), int(run.requests
 def test_an_interrupt_leaves_what_was_finished(driver):
     program = PROGRAM.format(driver=driver)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.split() == ["True", "4000", "True", "True", "False"]
+    first, second = done.stdout.splitlines()
+    assert first.split() == ["True", "4000", "True", "True", "False"]
+    # Requests count when they have finished, steps as soon as they are over, whoever's tokens they were.
+    assert second.split() == ["True", "True", "True"]

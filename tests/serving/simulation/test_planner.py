@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from serving.errors import ConfigError
 from serving.simulation import planner as planner_module
+from serving.simulation.plan_command import format_plan
 from serving.simulation.plan_trials import Caps
 from serving.simulation.planner import RATE_STEP, Planner, simulate_and_judge
 from serving.simulation.run_source import WorkloadSource
@@ -127,6 +128,28 @@ def test_the_search_stops_after_so_many_simulations_with_what_it_has():
     planner = planner_of(slo, model, max_simulations=2)
     plan = planner.cheapest(130.0)
     assert (len(planner.trials), plan.is_complete) == (2, False)
+
+
+@pytest.mark.parametrize("by_rate", [True, False])
+@pytest.mark.parametrize("num_judged", range(7))
+def test_an_interrupted_search_says_what_it_found(by_rate, num_judged):
+    slo, model = Slo(ttft_ms=120.0, tpot_ms=14.0), Model(prefill_rate=20.0, decode_s=0.1)
+    judged = []
+
+    def judge(config, source, slo):
+        if len(judged) == num_judged:
+            raise KeyboardInterrupt
+        judged.append(model(config, source, slo))
+        return judged[-1]
+
+    planner = planner_of(slo, judge)
+    plan = planner.cheapest(60.0) if by_rate else planner.highest_rate(6)
+    assert (plan.is_complete, plan.is_interrupted, len(planner.trials)) == (False, True, num_judged)
+    assert (plan.chosen is not None) == any(attained.holds for attained in judged)
+    assert (plan.closest is not None) == bool(judged)
+    text = format_plan(plan, planner, by_rate=by_rate)
+    assert f"The search was interrupted after {num_judged} simulations" in text
+    assert ("Nothing holds it." in text) == (plan.chosen is None)
 
 
 def test_a_miss_says_by_how_much():

@@ -17,7 +17,7 @@ from scipy.stats import poisson, t
 from serving.plan import block_bytes
 from serving.simulation.fast import run_fast
 from serving.simulation.plain import run_plain
-from serving.simulator import simulate
+from serving.simulator import run_in_virtual_time
 from serving.workloads.arrivals import Arrivals, generator_for
 from serving.workloads.load import load_workload
 from serving.workloads.workload import to_ns
@@ -177,7 +177,7 @@ def small_run(make_config, preset, seed, rate, output_len):
 @SMALL_RUNS
 def test_littles_law_holds_in_every_run(make_config, seed, rate, output_len, preset):
     """The time integral of the number present, by the log, is the sum of the requests' times, by their records."""
-    result = simulate(*small_run(make_config, preset, seed, rate, output_len), keep_events=True)
+    result = run_in_virtual_time(*small_run(make_config, preset, seed, rate, output_len), keep_events=True)
     step_of = {"arrive": 1, "outcome": -1}
     changes = sorted((event.now_ns, step_of[event.kind]) for event in result.log.events if event.kind in step_of)
     instants, steps = np.array(changes, dtype=np.int64).T

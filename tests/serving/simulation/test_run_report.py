@@ -16,7 +16,7 @@ from serving.config import RunConfig
 from serving.records import Goodput
 from serving.simulation.columns import RequestColumns, RunColumns
 from serving.simulation.figures import summarize_columns
-from serving.simulation.latencies import latencies_of, phases_of
+from serving.simulation.latencies import phases_of
 from serving.simulation.plots import MOST_LINES, log_axis, numbers, scaled_bytes
 from serving.simulation.report import report_html, write_report
 from serving.workloads.synthetic import synthetic_workload
@@ -91,8 +91,8 @@ def test_a_report_loads_nothing_and_stays_small(
 
 
 def test_every_figure_is_one_that_plotly_knows(made_run: MakeRun, show: Callable[..., Page]) -> None:
-    page = show(made_run(200))
-    assert len(page.figures) == 21
+    page = show(made_run(200))  # in which nobody waits at an instance
+    assert len(page.figures) == 20
     for figure in page.figures.values():
         plotly.graph_objects.Figure(figure)  # raises on a property that does not exist
 
@@ -103,7 +103,7 @@ def test_no_line_grows_with_the_run(made_run: MakeRun, show: Callable[..., Page]
     assert max(size for key, size in points.items() if key != "ttft-prompt") <= 300
     assert points["ttft-prompt"] <= 3_000
     names = [trace["name"] for trace in page.figures["step-tokens"]["data"]]
-    assert names == ["prefill, mean of 7", "prefill, lowest", "prefill, highest"]
+    assert names == [f"prefill, mean of {MOST_LINES + 1}", "prefill, lowest", "prefill, highest"]
 
 
 def test_plots_hold_what_the_columns_say(made_run: MakeRun, show: Callable[..., Page]) -> None:
@@ -131,19 +131,12 @@ def test_plots_hold_what_the_columns_say(made_run: MakeRun, show: Callable[..., 
     assert max(page.trace("pool", "used")["y"]) == pytest.approx(run.pool.used_bytes[-1] / 1e9, rel=0.01)  # type: ignore[union-attr]
 
 
-def test_latencies_are_those_of_the_summary(made_run: MakeRun) -> None:
-    run = made_run(300)
-    summary, latencies = summarize_columns(run).simulated, latencies_of(run)
-    assert latencies.ttft_ms.mean() == pytest.approx(summary["ttft"].mean_ms)
-    assert np.nanmean(latencies.tpot_ms) == pytest.approx(summary["tpot"].mean_ms)
-    assert np.average(latencies.gap_ms, weights=latencies.gap_counts) == pytest.approx(summary["itl"].mean_ms)
-    assert int(latencies.gap_counts.sum()) == summary["itl"].count
-
-
 def test_phases_add_up_to_the_whole_request(made_run: MakeRun) -> None:
     run = made_run(300)
     phases = phases_of(run)
-    np.testing.assert_allclose(sum(phases.values()), latencies_of(run).e2el_ms)
+    done = run.requests.is_finished
+    e2el_ms = (run.requests.last_token_ns - run.requests.arrival_ns)[done] / 1e6
+    np.testing.assert_allclose(sum(phases.values()), e2el_ms)
     assert phases["pool load"].max() == 2.0
     without = phases_of(dataclasses.replace(run, moves=None))
     assert not without["pool load"].any()

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from serving import cli
+from serving.simulation import planner
 from serving.simulation.sweep_rows import read_rows
 
 SMALL = "workload={num_requests: 8, input_len: 40, output_len: 5, prefix_len: 16, request_rate: 50}"
@@ -144,3 +145,21 @@ def test_a_mistake_in_a_question_is_told(supernode, arguments, words):
     code, _, err = supernode(*PLAN, *arguments)
     assert code == 2
     assert words in err
+
+
+def test_ctrl_c_prints_the_plan_so_far(supernode, tmp_path, monkeypatch):
+    runs = iter([planner.attain, planner.attain])
+
+    def attain(run, slo):
+        try:
+            return next(runs)(run, slo)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(planner, "attain", attain)
+    code, text, err = supernode(*PLAN, "--rate", 400, "--json", tmp_path / "p.json")
+    assert code == 130, err
+    assert "Nothing holds it. Closest:" in text
+    assert "The search was interrupted after 2 simulations" in text
+    told = json.loads((tmp_path / "p.json").read_text())
+    assert (told["interrupted"], told["num_simulations"], len(told["trials"])) == (True, 2, 2)

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -276,12 +275,6 @@ def test_damaged_tables_are_named(tmp_path):
     empty = write_parquet(tmp_path / "empty.parquet", t_s=[], client=None, input_tokens=[], output_tokens=[])
     with pytest.raises(TraceError, match=r"a column of type null|holds no request"):
         load_trace(empty)
-
-
-def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r"needs pyarrow: pip install 'supernode-infer\[tables\]'"):
-        load_trace(tmp_path / "t.parquet")
 
 
 # The public traces themselves
