@@ -35,8 +35,8 @@ REQUESTS = (  # 4,096 + 256 tokens each, as the preset has them but for its rang
 )
 REPEATS = 5  # of what takes a second; medians are printed
 HOUR_S = 3600.0
-# As much as prefill holds: its queue comes and goes; at 210 it is always there, at 220 it grows by 10 per second.
-REASONING_RATE = 200.0
+# A little more than prefill holds: its queue is always there. At 200 it comes and goes, at 220 it grows by 10 per second.
+REASONING_RATE = 210.0
 FACTORS = (1, 2, 4, 8)
 BATCH = 1280  # requests, 4 for each of 320 ranks
 OUTPUT_LENS = (1024, 16_384)  # of 8x as many requests a rank's KV holds the longer ones: 32 x 33 blocks of 1,150

@@ -16,23 +16,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.config import RunConfig
 from serving.config_file import load_config
 from serving.simulation.columns import RunColumns
 from serving.simulation.run import simulate
-from serving.workloads.arrivals import Arrivals, generator_for
+from serving.workloads.arrivals import Arrivals
+from serving.workloads.load import load_workload
 from serving.workloads.requests import RequestTable
 from serving.workloads.workload import Workload
-
-# Means and medians of a day of DeepSeek-R1 requests, arXiv:2505.09999 (ServeGen), data/reason/deepseek-r1.
-REASONING_INPUT = (1268.0, 208.0)
-REASONING_OUTPUT = (1527.0, 792.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Poisson arrivals at `rate` per second until `duration_s`, or `num_requests` of them if that is set.
+    """Arrivals at `rate` per second until `duration_s`, or `num_requests` of them if that is set.
 
-    Lengths are those of reasoning, or equal ones where `input_len` is set.
+    The built-in workload r1-reasoning, or Poisson arrivals of equal requests where `input_len` is set.
     """
 
     config: str
@@ -43,29 +41,24 @@ class Run:
     input_len: int | None = None
     output_len: int = 256
 
-    def workload(self, max_model_len: int) -> Workload:
+    def workload(self, config: RunConfig) -> Workload:
         """Prompts share nothing."""
+        if self.input_len is None:
+            duration_s = self.duration_s if math.isfinite(self.duration_s) else None
+            return load_workload(
+                config, name="r1-reasoning", rate=self.rate, duration_s=duration_s, num_requests=self.num_requests
+            )
         count = self.num_requests if self.num_requests is not None else math.ceil(1.05 * self.rate * self.duration_s)
-        if self.input_len is not None:
-            prompts, outputs = np.full(count, self.input_len), np.full(count, self.output_len)
-        else:
-            prompts = _lognormal("input_len", count, *REASONING_INPUT, limit=max_model_len // 2)
-            outputs = _lognormal("output_len", count, *REASONING_OUTPUT, limit=max_model_len // 2)
+        prompts, outputs = np.full(count, self.input_len), np.full(count, self.output_len)
         table = RequestTable.of_pieces("bench", num_prompt_tokens=prompts, max_tokens=outputs, arrival_ns=None)
         workload = Workload(name="bench", requests=table).with_arrivals(Arrivals.from_request_rate(self.rate))
         return workload.limited(duration_s=self.duration_s) if math.isfinite(self.duration_s) else workload
 
 
-def _lognormal(name: str, count: int, mean: float, median: float, *, limit: int) -> NDArray[np.int64]:
-    sigma = math.sqrt(2 * math.log(mean / median))
-    drawn = median * np.exp(sigma * generator_for(0, name).standard_normal(count))
-    return np.clip(np.rint(drawn), 1, limit).astype(np.int64)
-
-
 def measured(run: Run) -> dict[str, Any]:
     """Simulate, and tell wall seconds, what was produced, and how the system stood while requests arrived."""
     config = load_config(run.config, run.overrides)
-    workload = run.workload(config.model.max_model_len)
+    workload = run.workload(config)
     progress: list[tuple[int, float]] = [(0, 0.0)]
     started, started_cpu = time.perf_counter(), time.process_time()
     columns = simulate(
