@@ -122,7 +122,8 @@ def replay(
     from serving.workloads.load import load_workload
 
     settings = load_config(config, overrides or ())
-    workload = load_workload(settings, trace=trace, trace_divisor=trace_divisor)
+    num_requests = settings.workload.num_requests  # of a trace too: real tensors take their time
+    workload = load_workload(settings, trace=trace, trace_divisor=trace_divisor, num_requests=num_requests)
     _finish(live.replay(settings, workload, address=address).bench, json_file)
 
 

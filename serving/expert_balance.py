@@ -6,8 +6,10 @@ Source: generator and its parameters in configs/expert_load/; the skew of decode
 batches are fitted, since the paper prints neither its load nor its balancer's results.
 """
 
-from dataclasses import replace
+import json
+from dataclasses import astuple, replace
 from functools import lru_cache
+from importlib import resources
 
 from devices.deployment import BALANCED, ExpertDeployment, Imbalance
 from devices.pipeline import Role
@@ -16,6 +18,7 @@ from model.config import ModelConfig
 from serving.core.expert_load_model import Balance, ExpertSlots, LoadModel, hottest_rank_load
 from serving.published_load import read_published_load
 
+CURVES_FILE = "expert_load/imbalance.json"  # written by `python -m serving.imbalance_curves`
 SEED = 0  # of the drawn layers: every deployment is charged for the same ones
 TOKENS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 512.0, 4096.0)  # per die, where imbalance is worked out
 
@@ -37,6 +40,14 @@ def with_imbalance(
     """
     if balance == "balanced" or layout.ep == 1 or not shape.num_moe_layers:
         return replace(layout, imbalance=BALANCED)
+    slots, model = skewed_load(layout, shape, fitted, role=role, skew=skew)
+    return replace(layout, imbalance=_imbalance(slots, model, balance))
+
+
+def skewed_load(
+    layout: ExpertDeployment, shape: ModelConfig, fitted: Fitted, *, role: Role, skew: float | None = None
+) -> tuple[ExpertSlots, LoadModel]:
+    """The slots of a deployment, and the generator of what they are asked for; arguments as of `with_imbalance`."""
     generator = read_published_load().model
     num_slots = layout.num_router_slots + layout.num_shared_slots
     slots = ExpertSlots(
@@ -50,18 +61,37 @@ def with_imbalance(
     is_prefill = role == "prefill"
     if skew is None:
         skew = 1.0 if is_prefill else fitted.expert_load_skew
-    skewed = LoadModel(
+    return slots, LoadModel(
         sigma_low=generator.sigma_low * skew,
         sigma_high=generator.sigma_high * skew,
         drift=fitted.expert_load_drift if is_prefill else generator.drift,
     )
-    return replace(layout, imbalance=_imbalance(slots, skewed, balance))
 
 
 @lru_cache(maxsize=256)
 def _imbalance(slots: ExpertSlots, model: LoadModel, balance: Balance) -> Imbalance:
+    values = _shipped_curves().get(curve_key(slots, model, balance))
+    return Imbalance(tokens=TOKENS, values=tuple(values or imbalance_values(slots, model, balance)))
+
+
+def imbalance_values(slots: ExpertSlots, model: LoadModel, balance: Balance) -> list[float]:
+    """The curve at TOKENS, drawn and placed: about 0.15 s."""
+
     def hottest(tokens: float) -> float:
         num_tokens = int(tokens) * slots.num_ranks
         return float(hottest_rank_load(model, slots, num_tokens=num_tokens, balance=balance, seed=SEED).rank.mean())
 
-    return Imbalance(tokens=TOKENS, values=tuple(hottest(tokens) for tokens in TOKENS))
+    return [hottest(tokens) for tokens in TOKENS]
+
+
+def curve_key(slots: ExpertSlots, model: LoadModel, balance: Balance) -> str:
+    """All that decides a curve; a constant that is fitted anew asks for a new one."""
+    return " ".join(map(repr, (*astuple(slots), *astuple(model), balance, *TOKENS, SEED)))
+
+
+@lru_cache(maxsize=1)
+def _shipped_curves() -> dict[str, list[float]]:
+    """Curves of the shipped configurations, so that the first result of a simulation does not wait for them."""
+    text = resources.files("configs").joinpath(CURVES_FILE).read_text(encoding="utf-8")
+    curves: dict[str, list[float]] = json.loads(text)
+    return curves

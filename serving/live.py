@@ -155,7 +155,8 @@ def run_once(
     config: RunConfig, *, trace: Path | None, trace_divisor: int, shards: str, address: str | None
 ) -> BenchResult:
     """Boot, drive the endpoint with the load generator (in a process of its own), shut down."""
-    workload = load_workload(config, trace=trace, trace_divisor=trace_divisor)
+    num_requests = config.workload.num_requests  # of a trace too: live runs take as long as they simulate
+    workload = load_workload(config, trace=trace, trace_divisor=trace_divisor, num_requests=num_requests)
     return run_workload(config, workload, shards=shards, address=address)
 
 

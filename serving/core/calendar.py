@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from serving.core.ids import Counts
 
 SMALLEST = 64  # columns
+# Behind each row: one cache line of 64 bytes. Rows of a power of two apart would all fall into the same few sets of a
+# cache, and reading a column would miss it in every rank.
+PADDING = 32
 
 
 class Calendar:
@@ -19,7 +22,7 @@ class Calendar:
     """
 
     def __init__(self, num_ranks: int) -> None:
-        self._counts: NDArray[np.uint16] = np.zeros((num_ranks, SMALLEST), np.uint16)
+        self._counts: NDArray[np.uint16] = np.zeros((num_ranks, SMALLEST + PADDING), np.uint16)
         self._mask = SMALLEST - 1
         self._start = 0  # the first step that is not forgotten
 
@@ -37,7 +40,7 @@ class Calendar:
         while step - self._start >= wider:
             wider *= 2
         steps = np.arange(self._start, self._start + size)
-        counts = np.zeros((len(self._counts), wider), np.uint16)
+        counts = np.zeros((len(self._counts), wider + PADDING), np.uint16)
         counts[:, steps & (wider - 1)] = self._counts[:, steps & self._mask]
         self._counts, self._mask = counts, wider - 1
 
@@ -52,7 +55,7 @@ class Calendar:
         if len(counts) <= room:
             row[first : first + len(counts)] += counts
         else:
-            row[first:] += counts[:room]
+            row[first : first + room] += counts[:room]
             row[: len(counts) - room] += counts[room:]
 
     def column(self, step: int) -> NDArray[np.uint16]:
@@ -61,6 +64,10 @@ class Calendar:
 
     def columns(self, step: int, num_steps: int, ranks: Counts) -> NDArray[np.int64]:
         """Counts of some ranks in a run of steps, shape (len(ranks), num_steps)."""
+        first = step & self._mask
+        if first + num_steps <= self._mask + 1:
+            near: NDArray[np.int64] = self._counts[ranks, first : first + num_steps].astype(np.int64)
+            return near
         steps = np.arange(step, step + num_steps) & self._mask
         counts: NDArray[np.int64] = self._counts[ranks[:, None], steps].astype(np.int64)
         return counts

@@ -43,6 +43,7 @@ class DecodeRun:
     ranks: Ints | None  # whose columns follow; None: all of them
     brought: Ints  # (ranks, steps) tokens that each step brings, as the calendars count them
     growth: Ints  # (ranks, steps) blocks that each step takes
+    total_growth: list[int]  # of all ranks, by step
     pressed: PressedStep | None
     used_blocks: list[int] = field(
         default_factory=list
@@ -52,12 +53,13 @@ class DecodeRun:
         """So many of its steps have begun: take their blocks."""
         state = self.state
         for i in range(len(self.used_blocks), num_steps):
-            column = self.growth[:, i]
-            if self.ranks is None:
-                state.free_blocks -= column
-            else:
-                state.free_blocks[self.ranks] -= column
-            state.num_used_blocks += int(column.sum())
+            if self.total_growth[i]:  # most steps take none
+                column = self.growth[:, i]
+                if self.ranks is None:
+                    state.free_blocks -= column
+                else:
+                    state.free_blocks[self.ranks] -= column
+                state.num_used_blocks += self.total_growth[i]
             self.used_blocks.append(state.num_used_blocks)
 
     def has_room(self, rank: int, num_steps: int) -> bool:
@@ -66,13 +68,13 @@ class DecodeRun:
         if self.ranks is not None and (index == len(self.ranks) or self.ranks[index] != rank):
             return True
         growth = self.growth[index, len(self.used_blocks) : num_steps]
-        return bool(self.state.free_blocks[rank] >= growth.sum())
+        return bool(self.state.free_blocks[rank] >= np.add.reduce(growth))
 
     def finish(self, num_steps: int) -> list[DecodeRow]:
         """So many of its steps, all that have begun, are over; returns the rows that ended in the last."""
         self.begin(num_steps)
         state = self.state
-        brought = self.brought[:, 0] if num_steps == 1 else self.brought[:, :num_steps].sum(axis=1)
+        brought = self.brought[:, 0] if num_steps == 1 else np.add.reduce(self.brought[:, :num_steps], axis=1)
         if self.ranks is None:
             state.num_tokens += brought
         else:
@@ -134,7 +136,7 @@ class DecodePlanner:
             accepted = state.accepted.column(step)
             brought += accepted
             drafted, context = num_seqs, 2 * num_tokens
-            undrafted = self._undrafted(leading, step, is_last=True)
+            undrafted = self._undrafted(leading, step)
             if undrafted:
                 drafted = num_seqs.copy()
                 for rank, row_tokens in undrafted:
@@ -143,7 +145,7 @@ class DecodePlanner:
             context += drafted
             kv, tokens = num_tokens + drafted, num_seqs + drafted
             total_drafts = total_seqs - len(undrafted)
-            total_accepted = int(accepted.sum()) - sum(state.excess(row) for row in state.ends.get(step, ()))
+            total_accepted = int(np.add.reduce(accepted)) - sum(state.excess(row) for row in state.ends.get(step, ()))
         if pressed is not None:
             num_seqs, tokens, context, kv = pressed.add_to(num_seqs, tokens, context, kv)
             total_seqs += pressed.num_seqs
@@ -167,48 +169,52 @@ class DecodePlanner:
             )
         elif pressed is None or not pressed.preempted:
             return None
-        columns = brought[:, None], growth.astype(np.int64)[:, None]
+        total_growth = [int(np.add.reduce(growth))]
+        columns = brought[:, None], growth.astype(np.int64)[:, None], total_growth
         return DecodeRun(state, steps, joined, None, *columns, pressed)
 
     def _plan_many(self, num_steps: int, has_end: bool, leading: list[DecodeRow]) -> DecodeRun | None:
         """None if not even one step can be taken this way."""
         state, step = self._state, self._state.step
-        ranks = np.flatnonzero(state.num_seqs)
+        ranks = state.num_seqs.nonzero()[0]
         growth = state.growth.columns(step, num_steps, ranks)
-        lacks = (growth.cumsum(axis=1) > state.free_blocks[ranks][:, None]).any(axis=0)
-        if lacks.any():
+        total_growth: list[int] = np.add.reduce(growth, axis=0).tolist()
+        free_blocks = state.free_blocks[ranks]
+        if any(total_growth) and (np.add.reduce(growth, axis=1) > free_blocks).any():
+            lacks = (growth.cumsum(axis=1) > free_blocks[:, None]).any(axis=0)
             num_steps, has_end = int(lacks.argmax()), False
             if num_steps == 0:
                 return None
             growth = growth[:, :num_steps]
         num_seqs = state.num_seqs[ranks][:, None]
-        shape = (len(ranks), num_steps)
+        known = state.num_tokens[ranks][:, None]
         total_seqs, max_seqs = state.total_seqs, int(num_seqs.max())
         if state.acceptance is None:
-            brought = np.broadcast_to(num_seqs, shape)
-            tokens = state.num_tokens[ranks][:, None] + num_seqs * np.arange(num_steps)
-            context, kv, total_accepted = tokens, tokens, [0] * num_steps
-            max_tokens, total_drafts = [max_seqs] * num_steps, [0] * num_steps
+            brought = num_seqs.repeat(num_steps, axis=1)
+            context = kv = known + num_seqs * np.arange(num_steps)
+            none = [0] * num_steps
+            max_tokens, total_drafts, total_accepted = [max_seqs] * num_steps, none, none
         else:
             accepted = state.accepted.columns(step, num_steps, ranks)
             brought = accepted + num_seqs
-            tokens = state.num_tokens[ranks][:, None] + brought.cumsum(axis=1) - brought
-            drafted = np.broadcast_to(num_seqs, shape)
-            first = self._undrafted(leading, step, is_last=False)
-            last = self._undrafted([], step + num_steps - 1, is_last=has_end)
-            context = 2 * tokens
-            if first or last:
-                drafted = drafted.copy()
-                for column, rows in ((0, first), (num_steps - 1, last)):
+            kv = brought.cumsum(axis=1)
+            kv += known + num_seqs  # what is known before the step, and a draft of every row
+            kv -= brought
+            context = 2 * kv
+            context -= num_seqs
+            max_tokens, total_drafts = [2 * max_seqs] * num_steps, [total_seqs] * num_steps
+            last = self._undrafted([], step + num_steps - 1) if has_end else []
+            for column, rows in ((0, self._undrafted(leading, None)), (num_steps - 1, last)):
+                if rows:
+                    tokens = 2 * num_seqs[:, 0]
                     for rank, row_tokens in rows:
-                        index = int(np.searchsorted(ranks, rank))
-                        drafted[index, column] -= 1
-                        context[index, column] -= row_tokens
-            context += drafted
-            kv = tokens + drafted
-            max_tokens = (drafted + num_seqs).max(axis=0).tolist()
-            total_drafts = drafted.sum(axis=0).tolist()
-            total_accepted = accepted.sum(axis=0).tolist()
+                        index = int(ranks.searchsorted(rank))
+                        tokens[index] -= 1
+                        kv[index, column] -= 1
+                        context[index, column] -= row_tokens + 1
+                    max_tokens[column] = int(tokens.max())
+                    total_drafts[column] -= len(rows)
+            total_accepted = np.add.reduce(accepted, axis=0).tolist()
             if has_end:
                 total_accepted[-1] -= sum(state.excess(row) for row in state.ends[step + num_steps - 1])
         first_ranks, second_ranks = context.argmax(axis=0).tolist(), kv.argmax(axis=0).tolist()
@@ -232,15 +238,15 @@ class DecodePlanner:
                     total_seqs + right,
                 )
             )
-        return DecodeRun(state, steps, [], ranks, brought, growth, None)
+        return DecodeRun(state, steps, [], ranks, brought, growth, total_growth, None)
 
-    def _undrafted(self, leading: list[DecodeRow], step: int, *, is_last: bool) -> list[tuple[int, int]]:
-        """Rank and known tokens of the rows that verify no draft in a step: new ones, and those that lack one token."""
+    def _undrafted(self, leading: list[DecodeRow], last_step: int | None) -> list[tuple[int, int]]:
+        """Rank and known tokens of rows that verify no draft: new ones; those that lack one token in `last_step`."""
         state = self._state
         rows = [(row.rank, row.num_tokens) for row in leading if not row.has_draft]
-        if is_last:
-            for row in state.ends.get(step, ()):
-                num_tokens = state.tokens_at(row, step)
-                if num_tokens == row.total_limit - 1 and (row.has_draft or row.first_step != step):
+        if last_step is not None:
+            for row in state.ends.get(last_step, ()):
+                num_tokens = state.tokens_at(row, last_step)
+                if num_tokens == row.total_limit - 1 and (row.has_draft or row.first_step != last_step):
                     rows.append((row.rank, num_tokens))
         return rows

@@ -95,6 +95,7 @@ class Admission:
             assert life.prefill is not None
             assert life.prompt is not None
             life.prefill.release(life.prompt)
+            life.prompt = None  # it knows its owner: a cycle would keep both until a garbage collection
             self._admit_waiting()
             if life.waits_for_release:
                 life.waits_for_release = False

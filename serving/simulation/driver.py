@@ -70,6 +70,11 @@ class Driver:
         """To those who take the requests."""
         self._admission, self._stages = admission, stages
 
+    def disconnect(self) -> None:
+        """The run is over: no cycle is left that would keep all of it until a garbage collection."""
+        self._stages.disconnect()
+        del self._admission, self._stages
+
     @property
     def num_lives(self) -> int:
         """Requests without an outcome."""
@@ -152,6 +157,7 @@ class Driver:
         if self._log is not None:
             self._log.append(now_ns, "outcome", life.request_id, reason=str(reason), tokens=life.num_output_tokens)
         self._notes.write(life, reason)
+        life.row = None  # it knows its owner: a cycle would keep both until a garbage collection
         self.end_ns = now_ns
         self._num_over += 1
         if not self._num_over % PROGRESS_REQUESTS:

@@ -52,6 +52,10 @@ class Stages:
         """To whoever gives places and takes them back."""
         self._admission = admission
 
+    def disconnect(self) -> None:
+        """The run is over."""
+        del self._admission
+
     def start_prefill(self, life: Life) -> None:
         assert life.prefill is not None
         if life.scheduled_ns == NEVER:

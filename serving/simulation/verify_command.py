@@ -48,7 +48,12 @@ def verify(
         raise ConfigError(f"--scale: {scale:g} must be above 0 wall seconds per simulated second")
     settings = load_config(config, [*(overrides or ()), f"clock.scale={scale}"])
     workload = load_workload(
-        settings, trace=trace, trace_divisor=trace_divisor, name=workload_name, rate=rate, num_requests=num_requests
+        settings,
+        trace=trace,
+        trace_divisor=trace_divisor,
+        name=workload_name,
+        rate=rate,
+        num_requests=num_requests,
     )
     prediction = observe.predict(settings, workload)
     typer.echo(

@@ -33,10 +33,10 @@ def load_workload(
 
     Asked for by `name`, a generator has its fitted arrivals, whatever rate the configuration has for its own workload.
     `rate`, in requests per second, stretches or compresses a trace's times, and sets that of the others. `duration_s`
-    and `num_requests` cut; by default the configuration's own do, where it has them. `trace_divisor` divides the
-    lengths of a trace or a generator. Lengths of a generator are cut to the context, those of a trace only with a
-    divisor above 1: without one a request that does not fit is there, and is refused when it arrives. Raises
-    TraceError, ConfigError.
+    and `num_requests` cut; by default the configuration's own do, but for a trace, which is whole. `trace_divisor`
+    divides the lengths of a trace or a generator. Lengths of a generator are cut to the context, those of a trace only
+    with a divisor above 1: without one a request that does not fit is there, and is refused when it arrives.
+    Raises TraceError, ConfigError.
     """
     section = config.workload
     seed = config.seed if seed is None else seed
@@ -46,13 +46,11 @@ def load_workload(
         raise ConfigError(f"duration_s: {duration_s} must be finite and above the limit 0")
     if num_requests is not None and num_requests < 1:
         raise ConfigError(f"num_requests: {num_requests} is below the limit 1")
-    if duration_s is None:
-        duration_s = None if num_requests is not None else section.duration_s
+    if duration_s is None and num_requests is None and trace is None:
+        duration_s = section.duration_s
     vocabulary = range(FIRST_TEXT_TOKEN, min(256, config.shape.vocab_size))
     name = section.name if name is None else name
     if trace is not None:
-        if num_requests is None and duration_s is None and "num_requests" in section.model_fields_set:
-            num_requests = section.num_requests
         limit = config.model.max_model_len // 2 if trace_divisor > 1 else None
         options = TraceOptions(
             length_divisor=trace_divisor,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from devices.deployment import BALANCED, ExpertDeployment
 from serving.charge import deployment_of
 from serving.config_file import load_config
 from serving.errors import ConfigError
-from serving.expert_balance import with_imbalance
+from serving.expert_balance import CURVES_FILE, with_imbalance
+from serving.imbalance_curves import shipped_curves
 
 
 def charged(mode, role="decode", *overrides):
@@ -74,3 +76,9 @@ def test_measured_without_a_load_is_refused():
         load_config("laptop", ("timing.balance=measured",))
     with pytest.raises(ConfigError, match=r"timing\.balance"):
         load_config("laptop", ("timing.balance=perfect",))
+
+
+def test_shipped_curves_are_what_would_be_drawn():
+    """All of them, so none is missing for a preset, and none is out of date."""
+    shipped = json.loads(resources.files("configs").joinpath(CURVES_FILE).read_text(encoding="utf-8"))
+    assert shipped_curves() == shipped

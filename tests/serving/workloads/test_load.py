@@ -45,10 +45,10 @@ def test_a_trace_is_clipped_only_where_it_is_divided(make_config, trace):
     assert small.max_tokens[:3].tolist() == [5, 5, 5]
 
 
-def test_a_trace_runs_whole_unless_something_says_how_much(make_config, trace):
-    assert len(load_workload(make_config("disaggregated", SYNTHETIC), trace=trace)) == 20
+def test_a_trace_runs_whole_unless_an_argument_says_how_much(make_config, trace):
+    """The configuration's own numbers are those of its own workload."""
     counted = make_config("disaggregated", SYNTHETIC, "workload.num_requests=7")
-    assert len(load_workload(counted, trace=trace)) == 7
+    assert len(load_workload(counted, trace=trace)) == 20
     assert len(load_workload(counted, trace=trace, num_requests=9)) == 9
     assert len(load_workload(counted, trace=trace, duration_s=6.0)) == pytest.approx(12, abs=1)
 
