@@ -91,8 +91,8 @@ def overrides(draw):
         "speculative.acceptance": draw(st.sampled_from([0.0, 0.3, 0.7, 1.0])),
         "workload.request_rate": draw(st.sampled_from(["5", "50", "500", "inf"])),
         "workload.max_concurrency": draw(st.sampled_from(["null", "2", "5"])),
-        "workload.input_len": draw(st.integers(17, 60)),
-        "workload.output_len": draw(st.integers(1, 50)),
+        "workload.input_len": draw(st.integers(17, 57)),
+        "workload.output_len": draw(st.integers(1, 45)),  # 102 and a quarter fit the context
         "workload.num_requests": draw(st.integers(1, 20)),
         "workload.prefix_len": draw(st.integers(0, 16)),
         "seed": draw(st.integers(0, 100)),
@@ -103,7 +103,7 @@ def overrides(draw):
 @given(changes=overrides(), max_run_steps=st.sampled_from([1, 3, 16]))
 @QUICK
 def test_any_small_run_is_the_same_in_every_figure(make_config, changes, max_run_steps):
-    config = make_config("laptop", *changes, "kv_pool.dram_bytes_per_host=1073741824")
+    config = make_config("laptop", *changes)
     assert_alike(config, load_workload(config), max_run_steps=max_run_steps)
 
 
