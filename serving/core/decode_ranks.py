@@ -8,7 +8,7 @@ What a request does in each of its steps follows from its lengths and its draws 
 it joins, its accepted drafts and its need of blocks are written into two calendars (rank x step), and its end into a
 third. A step then reads a column of each: its cost does not grow with the number of requests, nor of tokens.
 
-A rank whose blocks do not last leaves the calendars and is decided row by row (core/pressed_rank.py) until they do.
+A rank whose blocks do not last leaves the calendars and is decided row by row (core/pressed_ranks.py) until they do.
 """
 
 from bisect import bisect_left
