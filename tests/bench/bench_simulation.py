@@ -35,7 +35,7 @@ REQUESTS = (  # 4,096 + 256 tokens each, as the preset has them but for its rang
 )
 REPEATS = 5  # of what takes a second; medians are printed
 HOUR_S = 3600.0
-# A little more than prefill holds: its queue is always there. At 200 it comes and goes, at 220 it grows by 10 per second.
+# A little more than prefill holds: its queue is always there. At 200 it comes and goes, at 220 it grows.
 REASONING_RATE = 210.0
 FACTORS = (1, 2, 4, 8)
 BATCH = 1280  # requests, 4 for each of 320 ranks
