@@ -11,7 +11,7 @@ import numpy as np
 
 from serving.config import RunConfig
 from serving.core.event_log import EventLog
-from serving.core.ids import Counts
+from serving.core.ids import Counts, InstanceId
 from serving.core.router import Room, Router
 from serving.simulation.decode_instance import DecodeInstance
 from serving.simulation.event_loop import Callback, EventLoop
@@ -34,7 +34,7 @@ class Admission:
         decodes: list[DecodeInstance],
         on_placed: Callback,
     ) -> None:
-        """`on_placed(life)` is called for a request that had to wait.
+        """`on_placed(life)` is called for a request that had to wait. The instances may be put into their lists later.
 
         `room` is that of all decode ranks, instance after instance; blocks are kept up to date by the instances. Its
         slots are those that neither the router nor the rank counts as taken: the one lets go of a request before the
@@ -50,8 +50,15 @@ class Admission:
         self._block_size = config.cache.block_size
         self._has_affinity = config.router.policy == "prefix_affinity"
         self._queue: list[tuple[tuple[int, int], Life]] = []
-        self._prefill_of = {prefill.instance_id: prefill for prefill in prefills}
-        self._decode_of = {decode.instance_id: decode for decode in decodes}
+        self._prefill_of: dict[InstanceId, PrefillInstance] = {}
+        self._decode_of: dict[InstanceId, DecodeInstance] = {}
+
+    def close(self) -> None:
+        """The run is over: no cycle is left that would keep all of it until a garbage collection."""
+        self._on_placed = ignore
+        self._prefills.clear()
+        self._decodes.clear()
+        self._prefill_of, self._decode_of = {}, {}
 
     @property
     def num_queued(self) -> int:
@@ -162,6 +169,9 @@ class Admission:
                 decode=placement.decode,
                 rank=placement.rank,
             )
+        if not self._prefill_of:
+            self._prefill_of = {prefill.instance_id: prefill for prefill in self._prefills}
+            self._decode_of = {decode.instance_id: decode for decode in self._decodes}
         life.prefill = self._prefill_of[placement.prefill]
         life.decode = decode = self._decode_of[placement.decode]
         life.row = decode.reserve(
@@ -184,3 +194,7 @@ class Admission:
 
     def _prefix_tokens(self, life: Life) -> Counts:
         return np.array([p.batcher.num_prefix_tokens(life.block_hashes) for p in self._prefills], np.int64)
+
+
+def ignore(life: Life) -> None:
+    """What is called in place of a callback when a run is over."""

@@ -35,10 +35,13 @@ class Driver:
         workload: Workload,
         loop: EventLoop,
         log: EventLog | None,
+        admission: Admission,
+        stages: Stages,
         notes: LifeNotes,
         on_progress: Callable[[int], None],
     ) -> None:
-        """`connect` comes before `start`."""
+        self._admission = admission
+        self._stages = stages
         self._workload = workload
         self._loop = loop
         self._log = log
@@ -63,17 +66,6 @@ class Driver:
         self._max_tokens = columns.max_tokens.data
         self._priority = columns.priority.data
         self._seeds = columns.seeds.data  # NO_SEED is negative, and drawn as 0
-        self._admission: Admission
-        self._stages: Stages
-
-    def connect(self, admission: Admission, stages: Stages) -> None:
-        """To those who take the requests."""
-        self._admission, self._stages = admission, stages
-
-    def disconnect(self) -> None:
-        """The run is over: no cycle is left that would keep all of it until a garbage collection."""
-        self._stages.disconnect()
-        del self._admission, self._stages
 
     @property
     def num_lives(self) -> int:

@@ -13,7 +13,7 @@ from serving.core.event_log import EventLog
 from serving.core.prompt_batcher import Prompt
 from serving.core.router import source_prefill_rank
 from serving.pool_moves import PoolMoves, PoolRead, PoolWrite
-from serving.simulation.admission import Admission
+from serving.simulation.admission import Admission, ignore
 from serving.simulation.columns import NEVER
 from serving.simulation.event_loop import Callback, EventLoop
 from serving.simulation.life import Life
@@ -28,6 +28,7 @@ class Stages:
         *,
         loop: EventLoop,
         log: EventLog | None,
+        admission: Admission,
         pool: PoolMoves | None,
         fabric: Fabric,
         moves: MoveNotes,
@@ -36,9 +37,10 @@ class Stages:
         hidden_state_bytes: int,
         on_finished: Callback,
     ) -> None:
-        """`on_finished(life)` is called when a request has all its tokens. `connect` comes before the first request."""
+        """`on_finished(life)` is called when a request has all its tokens."""
         self._loop = loop
         self._log = log
+        self._admission = admission
         self._pool = pool
         self._fabric = fabric
         self._moves = moves
@@ -46,17 +48,13 @@ class Stages:
         self._kv_bytes_per_token = kv_bytes_per_token
         self._hidden_state_bytes = hidden_state_bytes
         self._on_finished = on_finished
-        self._admission: Admission
 
-    def connect(self, admission: Admission) -> None:
-        """To whoever gives places and takes them back."""
-        self._admission = admission
-
-    def disconnect(self) -> None:
-        """The run is over."""
-        del self._admission
+    def close(self) -> None:
+        """The run is over: as Admission's."""
+        self._on_finished = ignore
 
     def start_prefill(self, life: Life) -> None:
+        """A request has a place: queue its prompt there."""
         assert life.prefill is not None
         if life.scheduled_ns == NEVER:
             life.scheduled_ns = self._loop.now_ns

@@ -44,7 +44,7 @@ def test_it_is_the_wheel_that_is_used_and_its_presets_are_found(python, tmp_path
     assert "prefill: 1 x 2 NPUs" in done.stdout
     simulate = [python, "-P", "-m", "serving.cli", "simulate", "cloudmatrix384", *settings("workload.num_requests=3")]
     done = subprocess.run(simulate, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "decode-0 busy share" in done.stdout
+    assert "decode-0" in done.stdout
 
 
 def test_it_runs_a_checkpoint_of_the_current_directory(launch, python, tmp_path):
