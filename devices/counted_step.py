@@ -10,6 +10,7 @@ here is added up in the order in which the parts of `StepTimeModel.detail` are, 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from devices.operators import Parts
 from devices.step_work import StepTime
@@ -17,7 +18,34 @@ from devices.step_work import StepTime
 Around = tuple[float, float, float, Parts, float]  # prolog, O_proj, activations; the MoE stream and its total
 
 
-@dataclass(slots=True, kw_only=True)
+Streams = tuple[float, float, float, Around]  # seconds of attention's stream and of the other, the core, what is around
+S = TypeVar("S", bound=tuple[Any, ...])
+
+
+def best_split(streams: Callable[[int], S], *, start: int, last: int) -> tuple[int, int, S]:
+    """The split of the cores that makes the longer of two streams shortest.
+
+    `streams(aic)` begins with the seconds of attention's stream on `aic` cube cores, in [1, last], and of the other one
+    on the rest: the first falls with `aic` and the second rises. So the best split is the first whose attention is not
+    the longer one, or the one before it. Returns where that first one is, from which the next search may start; the
+    best; and its streams.
+    """
+    first, here = start, streams(start)
+    while first < last and here[0] > here[1]:
+        first += 1
+        here = streams(first)
+    before = None
+    while first > 1:
+        before = streams(first - 1)
+        if before[0] > before[1]:
+            break
+        first, here, before = first - 1, before, None
+    if before is not None and max(before[:2]) <= max(here[:2]):
+        return first, first - 1, before
+    return first, first, here
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CountedStep:
     """Step times for one combination of token counts.
 
@@ -35,20 +63,22 @@ class CountedStep:
     mtp_s: tuple[int, float, float] | None  # passes, projection, draft
     rest: Parts  # head and sampling
     launch_s: float
-    first_aic: int  # where the search for a split starts; afterwards, where it ended
 
-    def time(self, context: Sequence[float], kv: Sequence[float]) -> StepTime:
-        """Of a step with these contexts on the ranks that may be the slowest."""
+    def time(self, context: Sequence[float], kv: Sequence[float], *, start: int) -> tuple[StepTime, int]:
+        """Of a step with these contexts on the ranks that may be the slowest; where the next search may start."""
         prolog, o_proj, activations, moe, _ = self.whole
         core = self.core(context, kv, self.num_aic)
         attention_s = prolog + core + o_proj + activations
         plain_s = sum(moe.values(), attention_s)
         halves = [value / 2 for value in context], [value / 2 for value in kv]
-        (stream_s, other_s), half_core, around = self._split(*halves)
-        num_moe, half_attention_s = self.num_moe, around[0] + half_core + around[1] + around[2]
+        first, _, (half_attention_s, moe_s, half_core, around) = best_split(
+            lambda aic: self._streams(*halves, aic), start=start, last=self.num_aic - 1
+        )
+        stream_s, other_s = (half_attention_s, moe_s) if half_attention_s >= moe_s else (moe_s, half_attention_s)
+        num_moe = self.num_moe
         if stream_s * 2 * num_moe + other_s < plain_s * num_moe:
             factor = num_moe * 2
-            if half_attention_s >= around[4]:
+            if half_attention_s >= moe_s:
                 exposed = {
                     "attention.mla_prolog": around[0] * factor,
                     "attention.attention": half_core * factor,
@@ -74,33 +104,9 @@ class CountedStep:
             passes, projection_s, draft_s = self.mtp_s
             exposed["mtp"] = passes * (plain_s + projection_s + draft_s)
         exposed["launch"] = self.launch_s
-        return StepTime.of_seconds(exposed)
+        return StepTime.of_seconds(exposed), first
 
-    def _split(self, context: Sequence[float], kv: Sequence[float]) -> tuple[tuple[float, float], float, Around]:
-        """Longer and shorter stream of the best split of the cores, attention's core there, and what surrounds it.
-
-        The rule is that of LayerModel: attention's stream gets shorter with more cores and the other one longer, so
-        the best split is the first whose attention is not the longer one, or the one before it.
-        """
-        aic, last = self.first_aic, self.num_aic - 1
-        here = self._streams(context, kv, aic)
-        while aic < last and here[0] > here[1]:
-            aic += 1
-            here = self._streams(context, kv, aic)
-        before = None
-        while aic > 1:
-            before = self._streams(context, kv, aic - 1)
-            if before[0] > before[1]:
-                break
-            aic, here, before = aic - 1, before, None
-        self.first_aic = aic
-        if before is not None and max(before[:2]) <= max(here[:2]):
-            here = before
-        attention_s, moe_s, core, around = here
-        longest = (attention_s, moe_s) if attention_s >= moe_s else (moe_s, attention_s)
-        return longest, core, around
-
-    def _streams(self, context: Sequence[float], kv: Sequence[float], aic: int) -> tuple[float, float, float, Around]:
+    def _streams(self, context: Sequence[float], kv: Sequence[float], aic: int) -> Streams:
         around = self.half(aic)
         core = self.core(context, kv, aic)
         return around[0] + core + around[1] + around[2], around[4], core, around

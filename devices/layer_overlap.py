@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, TypeAlias
 
-from devices.counted_step import Around
+from devices.counted_step import Around, best_split
 from devices.deployment import ExpertDeployment
 from devices.expert_parallel import ExpertParallel
 from devices.operators import REMEMBERED, Operators, Parts, PerRank
@@ -161,27 +161,17 @@ class LayerModel:
 
     def _two_streams(self, half: Load) -> Layer:
         """Cores split so that the longer stream is shortest."""
-        tried: dict[int, Split] = {}
 
         def split(attention_aic: int) -> Split:
-            if attention_aic not in tried:
-                tried[attention_aic] = self._split(half, attention_aic, self._moe_cores[attention_aic])
-            return tried[attention_aic]
+            return self._split(half, attention_aic, self._moe_cores[attention_aic])
 
         if self._attention_aic is not None:
             aic = self._attention_aic
+            streams = split(aic)
         else:
-            # The first split whose attention is not the longer stream, or the last of all.
-            first = self._first_aic
-            while first < self._die.aic - 1 and split(first)[0] > split(first)[1]:
-                first += 1
-            while first > 1 and split(first - 1)[0] <= split(first - 1)[1]:
-                first -= 1
-            self._first_aic = first
-            aic = first
-            if first > 1 and max(split(first - 1)[:2]) <= max(split(first)[:2]):
-                aic = first - 1
-        attention_s, moe_s, attention, moe = split(aic)
+            last = self._die.aic - 1
+            self._first_aic, aic, streams = best_split(split, start=self._first_aic, last=last)
+        attention_s, moe_s, attention, moe = streams
         longer, longer_s, shorter_s = "attention", attention_s, moe_s
         if attention_s < moe_s:
             longer, longer_s, shorter_s = "moe", moe_s, attention_s

@@ -106,10 +106,7 @@ class StepTimeModel:
                 if len(self._counted) == REMEMBERED:
                     self._counted.clear()
                 counted = self._counted[counts] = self._count(load)
-            else:
-                counted.first_aic = self._first_aic
-            time = counted.time(load.context, load.kv)
-            self._first_aic = counted.first_aic
+            time, self._first_aic = counted.time(load.context, load.kv, start=self._first_aic)
             return time
         layer, plain = self._choose(load)
         return StepTime.of_seconds(self._exposed(layer, plain, load))
@@ -143,7 +140,6 @@ class StepTimeModel:
             mtp_s=mtp,
             rest={"lm_head": self._lm_head(samples, 1), "sampling": self._operators.sampling(samples)},
             launch_s=self._launch_s,
-            first_aic=self._first_aic,
         )
 
     def _choose(self, load: StepLoad) -> tuple[Layer, Layer]:
