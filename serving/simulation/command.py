@@ -6,7 +6,7 @@ Must not know: how a run is driven, how figures are made.
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -86,7 +86,8 @@ def simulate(
     objectives = parse_goodput(goodput or [])
     if requests_file is not None:
         check_export(requests_file)
-    _check_trace_file(perfetto_file)
+    files = {"--json": json_file, "--requests": requests_file, "--report": report_file, "--perfetto": perfetto_file}
+    _check_files(files | {"--trace": trace})
     workload = load_workload(
         settings,
         trace=trace,
@@ -104,18 +105,27 @@ def simulate(
     result = bench_result(settings, workload, run, goodput=objectives)
     figures = figures_of(settings, run, result)
     typer.echo(format_table(replace(result, held_at_rest=None), more_rows=simulation_rows(figures)))
-    if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    if requests_file is not None:
-        write_requests(run, requests_file)
-    if report_file is not None:
-        from serving.simulation.report import write_report
+    problems = []
+    for option, path in files.items():
+        if path is None:
+            continue
+        try:
+            if option == "--json":
+                path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            elif option == "--requests":
+                write_requests(run, path)
+            elif option == "--report":
+                from serving.simulation.report import write_report
 
-        write_report(settings, workload, run, report_file, name=config, goodput=objectives)
-    if perfetto_file is not None:
-        from serving.simulation.perfetto import write_trace
+                write_report(settings, workload, run, path, name=config, goodput=objectives)
+            else:
+                from serving.simulation.perfetto import write_trace
 
-        typer.echo(write_trace(settings, run, perfetto_file), err=True)
+                typer.echo(write_trace(settings, run, path), err=True)
+        except OSError as error:  # a full disk must not cost the other files
+            problems.append(f"{option}: {path}: {error.strerror or error}")
+    if problems:
+        raise ConfigError("; ".join(problems))
     code = exit_code(result)
     if code:
         raise typer.Exit(code)
@@ -142,10 +152,18 @@ def check_served(config: "RunConfig", workload: "Workload") -> None:
         )
 
 
-def _check_trace_file(perfetto_file: Path | None) -> None:
-    """Before the run, not after it."""
-    if perfetto_file is not None and not perfetto_file.name.endswith((".json", ".json.gz")):
-        raise ConfigError(f"--perfetto: {perfetto_file}: the suffix must be .json or .json.gz")
+def _check_files(files: Mapping[str, Path | None]) -> None:
+    """Before the run, not after it: every file of its own, with the suffix of what it will hold."""
+    seen: dict[Path, str] = {}
+    for option, path in files.items():
+        if path is None:
+            continue
+        same = seen.setdefault(path.resolve(), option)
+        if same != option:
+            raise ConfigError(f"{option}: {path}: the same file as {same}")
+        suffixes = {"--perfetto": (".json", ".json.gz"), "--report": (".html", ".htm")}.get(option)
+        if suffixes is not None and not path.name.endswith(suffixes):
+            raise ConfigError(f"{option}: {path}: the suffix must be {' or '.join(suffixes)}")
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from serving.workloads.workload import Workload, to_ns
 
 FIRST_TEXT_TOKEN = 16  # of prompts made from random ids: above the control tokens of the shipped tokenizer
 
+LEAST_RATE, MOST_RATE = 1e-6, 1e9  # requests per second: instants of a million requests stay far from 2**63 ns
+
 
 def load_workload(
     config: RunConfig,
@@ -40,8 +42,8 @@ def load_workload(
     """
     section = config.workload
     seed = config.seed if seed is None else seed
-    if rate is not None and not (math.isfinite(rate) and rate > 0):
-        raise ConfigError(f"rate: {rate} must be finite and above the limit 0")
+    if rate is not None and not LEAST_RATE <= rate <= MOST_RATE:
+        raise ConfigError(f"rate: {rate} is not in [{LEAST_RATE:g}, {MOST_RATE:g}] requests per second")
     if duration_s is not None and not (math.isfinite(duration_s) and duration_s > 0):
         raise ConfigError(f"duration_s: {duration_s} must be finite and above the limit 0")
     if num_requests is not None and num_requests < 1:
@@ -61,7 +63,10 @@ def load_workload(
         )
         workload = load_trace(trace, options)
         workload = workload if rate is None else _at_rate(workload, rate)
-        return workload.limited(num_requests=num_requests, duration_s=duration_s)
+        workload = workload.limited(num_requests=num_requests, duration_s=duration_s)
+        if not len(workload):
+            raise ConfigError(f"duration_s: no request of {trace} arrives within {duration_s} s")
+        return workload
     if num_requests is None and duration_s is None:
         num_requests = section.num_requests
     if name is not None:

@@ -101,9 +101,7 @@ def bench_trace(trace: Path | None) -> None:
         print(f"Mooncake conversation trace: skipped, {trace or 'no file given'} (--trace or MOONCAKE_TRACE)")
         return
     print("Mooncake conversation trace, whole, cloudmatrix384")
-    cost, figures = commanded(
-        "cloudmatrix384", "--trace", str(trace.absolute()), "--set", "workload.num_requests=1000000"
-    )
+    cost, figures = commanded("cloudmatrix384", "--trace", str(trace.absolute()))
     line("requests", figures["completed"], "")
     line("simulation, wall", figures["machine"]["wall_s"], "s", bar=5.0)
     cost_lines(cost)

@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             "16",
         )
         theirs += ("--extra-engine-args", json.dumps(TRACE_WORKERS), "--router-mode")
-        mine = ("cloudmatrix384", "--trace", str(trace), "--set", "workload.num_requests=1000000")
+        mine = ("cloudmatrix384", "--trace", str(trace))
         compare(
             "Mooncake conversation trace; DynoSim: 16 workers, KV router",
             options.rounds,

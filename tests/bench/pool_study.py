@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--num-requests", type=int, default=1_000_000)
     options = parser.parse_args()
     source = WorkloadSource.of(trace=options.trace, rate=options.rate, num_requests=options.num_requests)
-    base = load_config(CONFIG, source.overrides)
+    base = load_config(CONFIG)
     workload = load_source(base, source)
     block_size = base.cache.block_size
     prompt_tokens = workload.num_prompt_tokens
@@ -104,7 +104,7 @@ def main() -> None:
         variants += [(f"pool of {hosts} hosts", (f"kv_pool.hosts={hosts}",)) for hosts in NUM_HOSTS]
     print("| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS))
     for name, overrides in variants:
-        config = load_config(CONFIG, (*source.overrides, *overrides))
+        config = load_config(CONFIG, overrides)
         print("| " + " | ".join(cells(name, run_figures(config, source, goodput=None))) + " |", flush=True)
 
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 from serving import cli
 from serving.errors import ConfigError
@@ -181,3 +183,26 @@ print(sorted({slow!r} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--json", "a.json", "--perfetto", "a.json"), "--perfetto: a.json: the same file as --json"),
+        (("--report", "a.pdf"), "--report: a.pdf: the suffix must be .html or .htm"),
+        (("--perfetto", "a.txt"), "--perfetto: a.txt: the suffix must be .json or .json.gz"),
+    ],
+)
+def test_files_that_would_overwrite_each_other_are_refused_before_the_run(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        CliRunner().invoke(cli.app, ["simulate", "laptop", *options], catch_exceptions=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_written_costs_no_other(tmp_path):
+    report = tmp_path / "report.html"
+    arguments = ["simulate", "laptop", "--num-requests", "3", "--json", "/dev/full", "--report", str(report)]
+    with pytest.raises(ConfigError, match="--json: /dev/full: No space left"):
+        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert report.stat().st_size > 1000
