@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.simulation.columns import MOVE_KINDS, NEVER, InstanceColumns, RunColumns
+from serving.pool_moves import MOVE_KINDS
+from serving.simulation.columns import NEVER, InstanceColumns, RunColumns
 from serving.timings import Floats, Timings, TokenTimes
 
 POOL_LOAD = MOVE_KINDS.index("pool_load")
