@@ -85,6 +85,7 @@ class StepLoad:
 
     @property
     def mean_tokens(self) -> float:
+        """Query tokens of a rank, the mean of all ranks."""
         return self.total_tokens / self.num_ranks
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from model.train import train
-from serving.cli_options import Config, Json, Overrides, Ray, Trace, TraceScale
+from serving.cli_options import Config, Json, Overrides, Ray, Trace, TraceDivisor
 from serving.errors import ConfigError, ServingError
 from serving.estimation.calibrate_command import calibrate
 from serving.estimation.estimate_command import app as estimate
@@ -92,7 +92,7 @@ def run(
     overrides: Overrides = None,
     json_file: Json = None,
     trace: Trace = None,
-    trace_divisor: TraceScale = 1,
+    trace_divisor: TraceDivisor = 1,
     shards: Shards = "torch",
     address: Ray = None,
 ) -> None:
@@ -113,7 +113,7 @@ def replay(
     overrides: Overrides = None,
     json_file: Json = None,
     trace: Trace = None,
-    trace_divisor: TraceScale = 1,
+    trace_divisor: TraceDivisor = 1,
     address: Ray = None,
 ) -> None:
     """Run the workload in virtual time with torch shards in Ray actors: real tokens, deterministic."""
@@ -139,7 +139,7 @@ def bench(
     num_prefixes: Annotated[int, typer.Option(help="Distinct shared prefixes.", min=0)] = 0,
     prefix_len: Annotated[int, typer.Option("--random-prefix-len", help="Tokens of a shared prefix.", min=0)] = 0,
     trace: Trace = None,
-    trace_divisor: TraceScale = 1,
+    trace_divisor: TraceDivisor = 1,
     time_factor: Annotated[float, typer.Option(help="Stretch the arrival times of a trace.")] = 1.0,
     request_rate: Annotated[float, typer.Option(help="Requests per second; inf sends all at once.")] = math.inf,
     burstiness: Annotated[float, typer.Option(help="Gamma shape of the arrivals; 1 is Poisson.")] = 1.0,

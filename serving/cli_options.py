@@ -42,8 +42,11 @@ Trace = Annotated[
         "--trace", help="Workload from a trace: Mooncake .jsonl, Azure .csv, or .gz; ServeGen .parquet.", dir_okay=False
     ),
 ]
-TraceScale = Annotated[
-    int, typer.Option("--trace-divisor", help="Divide the trace's lengths, for a short context.", min=1)
+TraceDivisor = Annotated[
+    int,
+    typer.Option(
+        "--trace-divisor", help="Divide the lengths of a trace or built-in workload, for a short context.", min=1
+    ),
 ]
 WorkloadName = Annotated[
     str | None,

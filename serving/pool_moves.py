@@ -12,7 +12,7 @@ inside the instance is not charged: it is part of the all-gather of a prefill st
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from devices.fabric import Endpoint, Fabric
 from serving.core.errors import LeaseLost
@@ -21,12 +21,15 @@ from serving.core.ids import BlockHash, RequestId
 from serving.core.pool_block import Lease, PoolBlock
 from serving.core.pool_index import PoolIndex
 
+MoveKind = Literal["kv_transfer", "pool_load", "pool_store"]  # on planes rdma, ub, ub
+MOVE_KINDS: tuple[MoveKind, ...] = get_args(MoveKind)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockMove:
     """A movement of KV blocks that has just begun, and when it will be over."""
 
-    kind: Literal["kv_transfer", "pool_load", "pool_store"]
+    kind: MoveKind
     request_id: RequestId
     start_ns: int
     end_ns: int
@@ -90,7 +93,7 @@ class PoolMoves:
         self._lost_hosts: set[int] = set()
         self.num_loaded_blocks = 0
         self.num_stored_blocks = 0
-        self.on_move: Callable[[BlockMove], None] = lambda move: None
+        self.on_move: Callable[[BlockMove], None] | None = None
 
     def find_prefix_tokens(self, hashes: Sequence[BlockHash]) -> int:
         """Tokens of the longest prefix that the pool holds now."""
@@ -206,14 +209,9 @@ class PoolMoves:
             "ub", _in_turn(dies, len(blocks)), targets, num_bytes=self.block_bytes, now_ns=now_ns, op="write"
         )
 
-    def _tell(
-        self,
-        kind: Literal["pool_load", "pool_store"],
-        request_id: RequestId,
-        num_blocks: int,
-        start_ns: int,
-        end_ns: int,
-    ) -> None:
+    def _tell(self, kind: MoveKind, request_id: RequestId, num_blocks: int, start_ns: int, end_ns: int) -> None:
+        if self.on_move is None:  # the fast driver writes movements down by itself
+            return
         num_bytes = num_blocks * self.block_bytes
         self.on_move(BlockMove(kind=kind, request_id=request_id, start_ns=start_ns, end_ns=end_ns, num_bytes=num_bytes))
 

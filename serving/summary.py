@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from serving.records import OUTCOMES, Goodput, Outcome, RequestRecord, Timing
-from serving.timings import Distribution, Floats, Metric, Timings, TokenTimes
+from serving.timings import Distribution, Floats, Metric, Timings, TokenTimes, tpot_of
 
 ClockName = Literal["wall", "simulated"]
 
@@ -139,7 +139,7 @@ class _ChunkTimings(Timings):
     chunk_gaps_ns: Sequence[Floats] | None
 
     def token_times(self) -> TokenTimes | None:
-        """A request's tokens are spread evenly over its chunks."""
+        """A request's tokens are spread evenly over its chunks; None if a request did not keep theirs."""
         if self.chunk_gaps_ns is None:
             return None
         num_chunks = np.array([gaps.size + 1 for gaps in self.chunk_gaps_ns])
@@ -161,7 +161,7 @@ def _timings(records: Sequence[RequestRecord], timings: Sequence[Timing | None])
     ttft_ns = np.array([timing.ttft_ns for timing in timed], dtype=np.float64)
     e2el_ns = np.array([timing.e2el_ns for timing in timed], dtype=np.float64)
     given_ns = np.array([np.nan if t.tpot_ns is None else t.tpot_ns for t in timed], dtype=np.float64)
-    derived_ns = Timings.tpot_of(num_tokens=num_tokens, ttft_ns=ttft_ns, e2el_ns=e2el_ns)
+    derived_ns = tpot_of(num_tokens=num_tokens, first_ns=ttft_ns, last_ns=e2el_ns)
     starts = np.array([t.start_ns for t in timed if t.start_ns is not None], dtype=np.int64)
     has_start = 0 < starts.size == len(timed)
     kept = [np.asarray(t.itl_ns, dtype=np.float64) for t in timed if t.itl_ns is not None]

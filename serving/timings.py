@@ -11,10 +11,10 @@ intervals [start, end).
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from serving.records import Goodput
 
@@ -62,11 +62,6 @@ class Timings:
     @property
     def count(self) -> int:
         return self.ttft_ns.size
-
-    @staticmethod
-    def tpot_of(*, num_tokens: Floats, ttft_ns: Floats, e2el_ns: Floats) -> Floats:
-        """Time per output token behind the first; NaN for one token."""
-        return np.where(num_tokens > 1, (e2el_ns - ttft_ns) / np.maximum(num_tokens - 1, 1), np.nan)
 
     def token_times(self) -> TokenTimes | None:
         """When tokens came; None where that was not kept."""
@@ -142,6 +137,14 @@ class Timings:
         return float((np.diff(so_far) + np.bincount(first.astype(np.int64), at_first, num_seconds)).max())
 
 
+def tpot_of(*, num_tokens: NDArray[Any], first_ns: NDArray[Any], last_ns: NDArray[Any]) -> Floats:
+    """Nanoseconds per output token behind the first, (N,); NaN for one token.
+
+    `first_ns` and `last_ns` are when the first and the last token came, since any instant, the same for both.
+    """
+    return np.where(num_tokens > 1, (last_ns - first_ns) / np.maximum(num_tokens - 1, 1), np.nan)
+
+
 def distribution(values: Floats, counts: Floats | None, percentiles: Sequence[float]) -> Distribution:
     """Of `values` (N > 0,), each occurring `counts` times (once if None), exactly as if they were written out."""
     if counts is None:
@@ -155,28 +158,32 @@ def distribution(values: Floats, counts: Floats | None, percentiles: Sequence[fl
         total = float(upto[-1])
         mean = float(values @ counts / total)
         variance = float((values - mean) ** 2 @ counts / total)
-
+    at = _quantiles(values, upto, np.array([50.0, *percentiles]) / 100).tolist()
     return Distribution(
         count=int(total),
         mean_ms=mean,
-        median_ms=_percentile(values, upto, 50),
+        median_ms=at[0],
         std_ms=math.sqrt(variance),
-        percentiles={float(p): _percentile(values, upto, p) for p in percentiles},
+        percentiles={float(p): value for p, value in zip(percentiles, at[1:], strict=True)},
     )
 
 
-def weighted_percentile(values: Floats, weights: Floats, p: float) -> float:
-    """Of `values` (N > 0,), each occurring `weights` times."""
-    order = np.argsort(values, kind="stable")
-    return _percentile(values[order], np.cumsum(weights[order]), p)
+def weighted_quantiles(values: ArrayLike, weights: ArrayLike, shares: ArrayLike) -> Floats:
+    """At `shares` in [0, 1] of `values` (N > 0,) that occur `weights` times each, exactly as if they were written out.
+
+    Interpolated linearly; of the shape of `shares`.
+    """
+    ordered, counts = np.asarray(values, np.float64), np.asarray(weights, np.float64)
+    order = np.argsort(ordered, kind="stable")
+    return _quantiles(ordered[order], np.cumsum(counts[order]), np.asarray(shares, np.float64))
 
 
-def _percentile(values: Floats, upto: Floats | None, p: float) -> float:
+def _quantiles(values: Floats, upto: Floats | None, shares: Floats) -> Floats:
     """Of ascending values, of which `upto` occurrences are known up to each; None: each occurs once."""
 
-    def at(rank: int) -> float:
-        return float(values[rank if upto is None else np.searchsorted(upto, rank, side="right")])
+    def at(ranks: Floats) -> Floats:
+        return values[ranks.astype(np.int64) if upto is None else np.searchsorted(upto, ranks, side="right")]
 
-    rank = p / 100 * ((values.size if upto is None else float(upto[-1])) - 1)
-    below, above = at(math.floor(rank)), at(math.ceil(rank))
-    return below + (above - below) * (rank - math.floor(rank))
+    ranks = shares * ((values.size if upto is None else float(upto[-1])) - 1)
+    below, above = at(np.floor(ranks)), at(np.ceil(ranks))
+    return below + (above - below) * (ranks - np.floor(ranks))

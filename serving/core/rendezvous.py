@@ -3,17 +3,16 @@
 Owns: the weight of a host for a key.
 Must not know: what hosts are, what they hold.
 Source: Thaler and Ravishankar, "Using name-based mappings to increase hit rates", IEEE/ACM ToN 1998 (highest random
-weight); the weight is the finalizer of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-generators", OOPSLA 2014).
+weight); the weight is the finalizer of splitmix64 (serving/core/splitmix64.py).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 
 import numpy as np
-from numpy.typing import NDArray
 
-Words = NDArray[np.uint64]
+from serving.core.splitmix64 import Words, finalize
+
 _LOW_64 = (1 << 64) - 1
 _MAX_KEYS = 64  # at once: their weights stay in the processor's cache
 
@@ -51,14 +50,4 @@ class Rendezvous:
     def _weights(self, keys: Sequence[int]) -> Words:
         """Shape (num_keys, num_hosts)."""
         words = np.array([key & _LOW_64 for key in keys], np.uint64)
-        return _mix(self._seeds ^ words[:, None])
-
-
-def _mix(bits: Words) -> Words:
-    """In place: every input bit changes about half of the output bits."""
-    bits ^= bits >> np.uint64(30)
-    bits *= np.uint64(0xBF58476D1CE4E5B9)
-    bits ^= bits >> np.uint64(27)
-    bits *= np.uint64(0x94D049BB133111EB)
-    bits ^= bits >> np.uint64(31)
-    return bits
+        return finalize(self._seeds ^ words[:, None])

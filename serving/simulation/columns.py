@@ -17,7 +17,6 @@ from serving.records import OUTCOMES
 
 NEVER = -1
 FINISHED = OUTCOMES.index("finished")
-MOVE_KINDS = ("kv_transfer", "pool_load", "pool_store")  # on planes rdma, ub, ub
 
 Ints = NDArray[np.int64]
 SmallInts = NDArray[np.int32]
@@ -93,7 +92,7 @@ class InstanceColumns:
 class MoveColumns:
     """Movements of KV blocks, in the order of their starts; shape (M,) each."""
 
-    kind: Codes  # index into MOVE_KINDS
+    kind: Codes  # index into pool_moves.MOVE_KINDS
     request: SmallInts  # index into the requests
     start_ns: Ints
     end_ns: Ints

@@ -23,7 +23,7 @@ from serving.cli_options import (
     Rate,
     Seed,
     Trace,
-    TraceScale,
+    TraceDivisor,
     WorkloadName,
     check_writable,
 )
@@ -46,7 +46,7 @@ def simulate(
     config: Config,
     overrides: Overrides = None,
     trace: Trace = None,
-    trace_divisor: TraceScale = 1,
+    trace_divisor: TraceDivisor = 1,
     workload_name: WorkloadName = None,
     rate: Rate = None,
     duration: Duration = None,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from serving.errors import ConfigError
 from serving.records import OUTCOMES
 from serving.simulation.columns import NEVER, Ints, RequestColumns, RunColumns
+from serving.timings import tpot_of
 
 SUFFIXES = (".parquet", ".csv")
 ROWS_AT_ONCE = 2**17  # a group of rows in the file, and what is in memory a second time
@@ -124,6 +125,10 @@ def _columns(run: RunColumns, rows: slice) -> dict[str, Column]:
 
 
 def _tpot_ms(requests: RequestColumns, rows: slice) -> NDArray[Any]:
-    num_later = requests.num_output_tokens[rows] - 1
-    decode_ns = requests.last_token_ns[rows] - requests.first_token_ns[rows]
-    return np.ma.masked_array(decode_ns / np.maximum(num_later, 1) / 1e6, mask=num_later < 1)
+    """Of finished ones and others alike; none for fewer than two tokens."""
+    tpot_ns = tpot_of(
+        num_tokens=requests.num_output_tokens[rows],
+        first_ns=requests.first_token_ns[rows],
+        last_ns=requests.last_token_ns[rows],
+    )
+    return np.ma.masked_invalid(tpot_ns / 1e6)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from serving.simulation.columns import MOVE_KINDS, NEVER, RunColumns
+from serving.pool_moves import MOVE_KINDS
+from serving.simulation.columns import NEVER, RunColumns
 from serving.simulation.plots import GRAY, PLANE_COLORS, ROLE_COLORS, Plot, Trace, scaled_bytes
 
 Links = Mapping[tuple[str, str], tuple[float, str]]  # (from, to) to amount and color

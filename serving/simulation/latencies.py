@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.simulation.columns import MOVE_KINDS, NEVER, InstanceColumns, RunColumns
-from serving.timings import Floats, Timings, TokenTimes
+from serving.pool_moves import MOVE_KINDS
+from serving.simulation.columns import NEVER, InstanceColumns, RunColumns
+from serving.timings import Floats, Timings, TokenTimes, tpot_of
 
 POOL_LOAD = MOVE_KINDS.index("pool_load")
 PHASES = ("queue", "pool load", "prefill wait", "prefill", "transfer", "decode")
@@ -27,7 +28,7 @@ class ColumnTimings(Timings):
     origin_ns: int
 
     def token_times(self) -> TokenTimes:
-        """Of all steps, whoever's tokens they were."""
+        """Of all steps, whoever's tokens they were: those of requests that did not finish too."""
         ends_ns = [instance.start_ns + instance.charged_ns for instance in self.run.instances]
         return TokenTimes(
             seconds=np.maximum(np.concatenate(ends_ns) - self.origin_ns, 0) / 1e9,
@@ -48,7 +49,7 @@ def column_timings(run: RunColumns, finished: NDArray[np.int64]) -> ColumnTiming
         num_tokens=num_tokens,
         ttft_ns=ttft_ns,
         e2el_ns=e2el_ns,
-        tpot_ns=Timings.tpot_of(num_tokens=num_tokens, ttft_ns=ttft_ns, e2el_ns=e2el_ns),
+        tpot_ns=tpot_of(num_tokens=num_tokens, first_ns=ttft_ns, last_ns=e2el_ns),
         queue_ns=(requests.scheduled_ns[finished] - arrival_ns).astype(np.float64),
         start_ns=(arrival_ns - origin_ns).astype(np.float64),
         gaps_ns=gaps_ns,

@@ -22,7 +22,8 @@ from serving.simulation.plots import (
     numbers,
     time_axis,
 )
-from serving.simulation.windows import Floats, Windows, weighted_quantiles
+from serving.simulation.windows import Floats, Windows
+from serving.timings import weighted_quantiles
 
 MOST_POINTS = 3_000  # of a scatter plot; more are sampled by stride
 # Even shares, and beyond them the tail that percentiles are read from.

@@ -6,6 +6,7 @@ Must not know: latencies, HTML.
 
 import numpy as np
 
+from serving.records import OUTCOMES
 from serving.simulation.columns import NEVER, InstanceColumns, RunColumns
 from serving.simulation.plots import (
     GRAY,
@@ -23,7 +24,10 @@ from serving.simulation.plots import (
 )
 from serving.simulation.windows import Windows
 
+REJECTED = OUTCOMES.index("rejected")
 LEAST_SHARE = 0.005  # of a step: a smaller operator is drawn with the others like it
+LEAST_FILL = 0.3  # of the pool, at its fullest: below it the line of its capacity would flatten the fill
+TERABYTE = 1e12
 ARRIVED_COLOR, FINISHED_COLOR = "#0072b2", "#009e73"
 
 
@@ -69,7 +73,7 @@ def queue_plots(run: RunColumns, windows: Windows) -> list[Plot]:
     requests, when = run.requests, windows.middles_s
     end_ns = round(run.simulated_s * 1e9)
     # A rejected request never waited; another one without a place waited until the run ended.
-    waits = (requests.scheduled_ns != NEVER) | (requests.outcome != 1)
+    waits = (requests.scheduled_ns != NEVER) | (requests.outcome != REJECTED)
     until = np.where(requests.scheduled_ns == NEVER, max(end_ns, 0), requests.scheduled_ns)[waits]
     placed = requests.scheduled_ns != NEVER
     left = np.where(requests.last_token_ns == NEVER, end_ns, requests.last_token_ns)[placed]
@@ -172,7 +176,7 @@ def _pool(run: RunColumns, windows: Windows) -> Plot:
     traces: list[Trace] = []
     layout = {}
     if pool is not None and len(pool.time_ns):
-        unit, factor = ("TB", 1e-12) if pool.capacity_bytes >= 1e12 else ("GB", 1e-9)
+        unit, factor = ("TB", 1e-12) if pool.capacity_bytes >= TERABYTE else ("GB", 1e-9)
         used, capacity = windows.held(pool.time_ns, pool.used_bytes) * factor, pool.capacity_bytes * factor
         color = PLANE_COLORS["ub"]
         traces = [
@@ -184,8 +188,8 @@ def _pool(run: RunColumns, windows: Windows) -> Plot:
                 color=GRAY,
                 mode="lines",
                 line={"dash": "dash", "width": 1},
-                # Far above the fill it would flatten it; its legend says where it is.
-                visible=True if used.max() > 0.3 * capacity else "legendonly",
+                # Where it is hidden its legend says where it is.
+                visible=True if used.max() > LEAST_FILL * capacity else "legendonly",
             ),
         ]
         layout = {"xaxis": time_axis(windows), "yaxis": axis(f"pool [{unit}]"), "showlegend": True}

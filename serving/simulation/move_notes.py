@@ -4,16 +4,13 @@ Owns: the columns while they grow; a record of the fill that stays short however
 Must not know: who moves what.
 """
 
-from typing import Literal
-
 import numpy as np
 
-from serving.pool_moves import PoolMoves
-from serving.simulation.columns import MOVE_KINDS, MoveColumns, PoolColumns
+from serving.pool_moves import MOVE_KINDS, MoveKind, PoolMoves
+from serving.simulation.columns import MoveColumns, PoolColumns
 from serving.simulation.growing_columns import as_int16, as_int32, as_int64, int_column
 from serving.simulation.life import Life
 
-MoveKind = Literal["kv_transfer", "pool_load", "pool_store"]
 MOST_FILLS = 8192  # then every second one is dropped, and from then on half as many are kept
 
 

@@ -17,15 +17,17 @@ events, and stands in `otherData` and in the message that write_trace returns.
 import gzip
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from devices.spec import PlaneName
 from serving.config import RunConfig
-from serving.simulation.columns import MOVE_KINDS, NEVER, InstanceColumns, RunColumns
+from serving.pool_moves import MOVE_KINDS, MoveKind
+from serving.simulation.columns import NEVER, InstanceColumns, RunColumns
 from serving.simulation.plots import stream_of
 from serving.simulation.trace_events import Event, Lanes, Tracks, counter_event, flow_events, in_order, slice_event
 
@@ -35,7 +37,7 @@ REQUEST_EVENTS = 11  # at most: the request, six phases, four ends of arrows
 STEP_EVENTS = 4  # at most: a slice and three counters, without operators
 MAX_POOL_POINTS = 5_000
 MAX_LANES = 150  # of requests, about: more at a time are sampled by stride
-PLANE_OF_KIND = {"kv_transfer": "rdma", "pool_load": "ub", "pool_store": "ub"}
+PLANE_OF_KIND: Mapping[MoveKind, PlaneName] = {"kv_transfer": "rdma", "pool_load": "ub", "pool_store": "ub"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,10 +24,9 @@ from serving.core.request import OutcomeReason, Request
 from serving.core.router import Placement
 from serving.engine_run import StepRecord
 from serving.plan import block_bytes
-from serving.pool_moves import BlockMove
+from serving.pool_moves import MOVE_KINDS, BlockMove
 from serving.records import OUTCOMES
 from serving.simulation.columns import (
-    MOVE_KINDS,
     NEVER,
     InstanceColumns,
     MoveColumns,

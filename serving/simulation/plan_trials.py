@@ -42,10 +42,12 @@ class Trial:
 
     @property
     def holds(self) -> bool:
+        """Whether it could run, and held the objectives."""
         return self.attained is not None and self.attained.holds
 
     @property
     def excess(self) -> float:
+        """How far it misses them, see Attained.excess; infinite where it could not run."""
         return math.inf if self.attained is None else self.attained.excess
 
     def reasons(self) -> list[str]:

@@ -23,10 +23,13 @@ from numpy.typing import NDArray
 
 from serving.errors import ConfigError
 from serving.simulation.columns import NEVER, InstanceColumns, RunColumns
+from serving.timings import tpot_of
 
-MAX_GROWTH = 0.02  # of arrivals
-NOISE_SIGMAS = 3.0
+MAX_GROWTH = 0.02  # of arrivals: a system that takes in 98 % of them counts as one that keeps up
+NOISE_SIGMAS = 3.0  # standard deviations: chance goes beyond them once in about 740 runs (normal, above only)
 MIN_REQUESTS = 8  # fewer make no quarters
+RANK_BITS = 20  # of a number that tells all ranks apart: ranks are 16-bit columns
+MAIN_SHARE = 0.5  # more than half of something is most of it
 
 Floats = NDArray[np.float64]
 
@@ -71,14 +74,17 @@ class Attained:
 
     @property
     def is_stable(self) -> bool:
+        """Whether the queue for a first token does not grow, by the definition above."""
         return self.queue_growth <= self.max_growth
 
     @property
     def holds_ttft(self) -> bool:
+        """Whether TTFT is within its limit at the SLO's percentile; no matter whether requests were lost."""
         return self.ttft_ms <= self.slo.ttft_ms
 
     @property
     def holds_tpot(self) -> bool:
+        """Whether TPOT is, likewise."""
         return self.tpot_ms <= self.slo.tpot_ms
 
     @property
@@ -98,7 +104,7 @@ class Attained:
         A request has its place at a decode rank while it waits for prefill, so slow prefill fills decode too: then most
         of the time that a place is held passes before the first token.
         """
-        return self.place_wait_ms > 0.5 * self.ttft_ms and self.prefill_hold_share < 0.5
+        return self.place_wait_ms > MAIN_SHARE * self.ttft_ms and self.prefill_hold_share < MAIN_SHARE
 
     @property
     def excess(self) -> float:
@@ -143,7 +149,11 @@ def attain(run: RunColumns, slo: Slo) -> Attained:
     done = measured & requests.is_finished
     impossible = requests.reason == _index(requests.reasons, "prompt_too_long")
     several = done & (requests.num_output_tokens > 1)
-    tpot = (requests.last_token_ns - requests.first_token_ns)[several] / (requests.num_output_tokens[several] - 1)
+    tpot = tpot_of(
+        num_tokens=requests.num_output_tokens[several],
+        first_ns=requests.first_token_ns[several],
+        last_ns=requests.last_token_ns[several],
+    )
     window = (float(quarters[1]), float(quarters[3]))
     second, last = (_mean_waiting(run, float(quarters[i]), float(quarters[i + 1])) for i in (1, 3))
     between = np.count_nonzero(arrival >= quarters[2])  # two quarters, as between the middles of the two
@@ -199,7 +209,7 @@ def _peak_rank_seqs(run: RunColumns) -> int:
     start_ns = requests.scheduled_ns[held]
     times = np.concatenate([start_ns, np.maximum(requests.last_token_ns[held], start_ns)])
     deltas = np.repeat([1, -1], len(start_ns))
-    ranks = np.tile(requests.decode_instance[held].astype(np.int64) << 20 | requests.decode_rank[held], 2)
+    ranks = np.tile(requests.decode_instance[held].astype(np.int64) << RANK_BITS | requests.decode_rank[held], 2)
     order = np.lexsort((-deltas, times, ranks))  # at one instant arrivals first: rather too many
     # Every rank ends with none, so one running sum does for all.
     return int(np.cumsum(deltas[order]).max())

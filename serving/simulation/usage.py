@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.simulation.columns import NEVER, Ints, PlaneTotals, PoolColumns, RunColumns
-from serving.timings import distribution, weighted_percentile
+from serving.timings import distribution, weighted_quantiles
 
 Figures = dict[str, Any]
 
@@ -149,6 +149,6 @@ def _level(values: NDArray[Any], weights: NDArray[np.int64]) -> Figures:
     seen, times = values[held].astype(np.float64), weights[held].astype(np.float64)
     return {
         "mean": float(seen @ times / times.sum()),
-        "p99": weighted_percentile(seen, times, 99),
+        "p99": float(weighted_quantiles(seen, times, 0.99)),
         "max": values[held].max().item(),
     }

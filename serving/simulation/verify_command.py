@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from serving.cli_options import Json, NumRequests, Overrides, Rate, Ray, Trace, TraceScale, WorkloadName
+from serving.cli_options import Json, NumRequests, Overrides, Rate, Ray, Trace, TraceDivisor, WorkloadName
 from serving.errors import ConfigError
 
 # Wall seconds per simulated second. Measured with the laptop preset on two cores that others used too: at 4 the lag is
@@ -21,7 +21,7 @@ def verify(
     config: Annotated[str, typer.Argument(help="Preset, such as laptop, or a YAML file.", metavar="CONFIG")],
     overrides: Overrides = None,
     trace: Trace = None,
-    trace_divisor: TraceScale = 1,
+    trace_divisor: TraceDivisor = 1,
     workload_name: WorkloadName = None,
     rate: Rate = None,
     num_requests: NumRequests = None,

@@ -115,14 +115,3 @@ class Windows:
         before = np.searchsorted(ordered, self.edges_ns, side="left")
         passed: Floats = before * self.edges_ns - sums[before]
         return passed
-
-
-def weighted_quantiles(values: ArrayLike, counts: ArrayLike, shares: ArrayLike) -> Floats:
-    """Of values that occur `counts` times each, exactly as if they were written out; interpolated linearly."""
-    order = np.argsort(np.asarray(values), kind="stable")
-    ordered = np.asarray(values, dtype=np.float64)[order]
-    upto = np.cumsum(np.asarray(counts, dtype=np.float64)[order])
-    ranks = np.asarray(shares, dtype=np.float64) * (upto[-1] - 1)
-    low, high = (ordered[np.searchsorted(upto, near, side="right")] for near in (np.floor(ranks), np.ceil(ranks)))
-    quantiles: Floats = low + (high - low) * (ranks - np.floor(ranks))
-    return quantiles

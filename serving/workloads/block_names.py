@@ -11,11 +11,9 @@ order, but for chance: with n names two collide with a probability of about n**2
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
+from serving.core.splitmix64 import mix64
 from serving.workloads.requests import TOKENS, Ints, RequestTable, offsets_of
-
-Words = NDArray[np.uint64]
 
 _TOKEN_TAG = np.uint64(0x5851F42D4C957F2D)  # arbitrary: keeps a token apart from the stream of the same number
 
@@ -46,11 +44,3 @@ def block_names(table: RequestTable, requests: range, block_size: int) -> tuple[
     parts = (block_ends - starts[elements]).astype(np.uint64)
     names = mix64(before[elements] + mix64(heads[elements] + parts)) >> np.uint64(1)
     return names.astype(np.int64), offsets
-
-
-def mix64(values: Words) -> Words:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014), element by element, modulo 2**64."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

@@ -31,7 +31,11 @@ PROBABILITIES = (
 SYSTEM_PROMPT_TOKENS = MOONCAKE_BLOCK_SIZE  # all requests share the first hash id and no two share more by it alone
 BOUNDS_TOKENS = (1000, 3000, 7000, 15_000, 30_000, 60_000)  # hardly more than the system prompt, ..., very long
 LARGE_GROWTH_TOKENS = 1500  # above it turns are followed by another half as often as below
-_PDF_WINDOW_S = 21_600  # ServeGen's distributions are of six hours, its rates of ten minutes
+_PDF_WINDOW_S, _RATE_WINDOW_S = 21_600, 600  # ServeGen's distributions are of six hours, its rates of ten minutes
+_DAY_S = 86_400
+_NUM_SCORES = 20_000  # points of a distribution whose mean is taken: it changes by less than a token with more
+_SIGMAS = 0.1, 3.0  # of log-normals, between which one is looked for: mean over median from 1.005 to 90
+_NUM_HALVINGS = 60  # of that interval: to the last bit of a double
 
 
 def main(traces: Path, output: Path) -> None:
@@ -55,7 +59,7 @@ def fit_reasoning(traces: Path) -> str:
     quantiles: list[Floats] = []
     for table in tables.values():
         share = weights[table["key"]] * table["p"]
-        quantiles.append(weighted_quantiles(table["bin"], share))
+        quantiles.append(quantiles_at(table["bin"], share))
         scores = _weighted_scores(table["bin"], share)
         scores_of_key.append(np.bincount(table["key"], table["p"] * scores, minlength=len(weights)).astype(np.float64))
     correlation = float((weights * scores_of_key[0] * scores_of_key[1]).sum() / weights.sum())
@@ -66,7 +70,7 @@ Apache-2.0), 73 clients over 24 h. Lengths: the mixture of all clients' distribu
 Correlation: what follows from clients that differ; inside a client input and output were published apart.
 Burstiness: of all clients together in a sampled hour (single clients are burstier: coefficient of variation 2.28).
 Prompts have no published content: none is shared.""",
-        arrivals=_arrivals("gamma", rates["rate"].sum() * 600 / 86_400, gaps),
+        arrivals=_arrivals("gamma", rates["rate"].sum() * _RATE_WINDOW_S / _DAY_S, gaps),
         input_output_correlation=correlation,
         input_tokens=quantiles[0],
         output_tokens=quantiles[1],
@@ -142,14 +146,17 @@ Splitwise, arXiv:2311.18677), 19,366 requests in 58 min. The trace has no conten
 
 def fit_code() -> str:
     """Azure's code completion, of which only single figures are taken; the shapes between them are assumed."""
+    # Splitwise, arXiv:2311.18677, and its published trace: 8,819 requests in about an hour, in tokens.
     median_input, mean_input, longest_input = 1500, 2048, 7437
     median_output, mean_output, longest_output = 13, 28, 1899
+    num_requests, duration_s = 8819, 3600
+    burstiness = 0.25  # assumed: a coefficient of variation of 2, squared and inverted
     scores = np.array([NormalDist().inv_cdf(p) for p in PROBABILITIES])
 
     def log_normal(median: float, mean: float, longest: float) -> Floats:
         """The cut log-normal of that median whose table of quantiles has that mean."""
-        low, high = 0.1, 3.0
-        for _ in range(60):
+        low, high = _SIGMAS
+        for _ in range(_NUM_HALVINGS):
             sigma = (low + high) / 2
             grid = np.minimum(median * np.exp(sigma * _even_scores()), longest)
             low, high = (sigma, high) if grid.mean() < mean else (low, sigma)
@@ -160,14 +167,14 @@ def fit_code() -> str:
 arXiv:2311.18677): 8,819 requests in about an hour; input median 1,500, mean 2,048, longest 7,437; output median 13,
 mean 28, longest 1,899 tokens. ASSUMED: log-normal shapes cut at the longest, input and output independent, gamma
 arrivals of coefficient of variation 2 (the trace comes in clusters), no shared prompts.""",
-        arrivals={"kind": "gamma", "rate_per_s": 8819 / 3600, "burstiness": 0.25},
+        arrivals={"kind": "gamma", "rate_per_s": num_requests / duration_s, "burstiness": burstiness},
         input_tokens=np.maximum(log_normal(median_input, mean_input, longest_input), 1),
         output_tokens=np.maximum(log_normal(median_output, mean_output, longest_output), 1),
     )
 
 
-def weighted_quantiles(values: Floats, weights: Floats) -> Floats:
-    """Quantiles at PROBABILITIES of values that count by their weights."""
+def quantiles_at(values: Floats, weights: Floats) -> Floats:
+    """The least values up to which PROBABILITIES of all weights lie: of binned values none is interpolated."""
     order = np.argsort(values, kind="stable")
     shares = np.cumsum(weights[order]) / weights.sum()
     return np.asarray(values[order][np.minimum(np.searchsorted(shares, PROBABILITIES), len(values) - 1)], np.float64)
@@ -217,7 +224,7 @@ def _arrivals_ns(workload: Workload) -> Ints:
 
 
 def _even_scores() -> Floats:
-    return np.array([NormalDist().inv_cdf((i + 0.5) / 20_000) for i in range(20_000)])
+    return np.array([NormalDist().inv_cdf((i + 0.5) / _NUM_SCORES) for i in range(_NUM_SCORES)])
 
 
 def _arrivals(kind: str, rate_per_s: float, gaps: NDArray[Any]) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.core.splitmix64 import mix64
 from serving.errors import ConfigError
 from serving.workloads.arrivals import Arrivals, generator_for
-from serving.workloads.block_names import block_names, mix64
+from serving.workloads.block_names import block_names
 from serving.workloads.requests import Ints, RequestTable, WorkloadRequest
 
 # Safe for any vocabulary of at least 256 tokens whose special tokens are first or last.

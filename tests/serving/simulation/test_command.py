@@ -9,7 +9,6 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from serving import cli
 from serving.errors import ConfigError
 from serving.records import OUTCOMES
 from serving.report import WIDTH
@@ -20,22 +19,6 @@ from serving.workloads.requests import WorkloadRequest
 from serving.workloads.workload import Workload
 
 SMALL = ("simulate", "laptop", "--set", "workload.num_requests=8")
-
-
-@pytest.fixture
-def supernode(monkeypatch, capsys):
-    """Runs the command in this process; gives exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["supernode", *arguments])
-        monkeypatch.setenv("COLUMNS", "200")
-        try:
-            cli.main()
-        except SystemExit as end:
-            return (end.code or 0, *capsys.readouterr())
-        return (0, *capsys.readouterr())
-
-    return run
 
 
 def test_the_table_is_as_wide_as_the_load_generator_s_and_has_its_rows(supernode):

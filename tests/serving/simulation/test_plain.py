@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from serving.simulation.columns import MOVE_KINDS, NEVER
+from serving.pool_moves import MOVE_KINDS
+from serving.simulation.columns import NEVER
 from serving.simulation.plain import run_plain
 from serving.simulation.run import peak_rss_bytes, simulate
 from serving.simulator import run_in_virtual_time

@@ -238,7 +238,7 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path):
 def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path):
     out = tmp_path / "f.parquet"
     command = [
-        *(sys.executable, "-m", "serving.cli", "sweep", "laptop", "--set", SMALL, "--seed", "0:39"),
+        *(sys.executable, "-m", "serving.cli", "sweep", "laptop", "--set", SMALL, "--seed", "0:19"),
         *("--out", str(out)),
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -250,8 +250,8 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path):
     num_kept = journal.read_bytes().count(b"\n")
     assert not out.exists()
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert f"{40 - num_kept} points simulated, {num_kept} known before" in done.stderr
-    assert sorted(row["seed"] for row in read_rows(out)) == list(range(40))
+    assert f"{20 - num_kept} points simulated, {num_kept} known before" in done.stderr
+    assert sorted(row["seed"] for row in read_rows(out)) == list(range(20))
     assert not journal.exists()
 
 

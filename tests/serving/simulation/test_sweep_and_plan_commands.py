@@ -8,26 +8,10 @@ import time
 
 import pytest
 
-from serving import cli
 from serving.simulation import planner
 from serving.simulation.sweep_rows import read_rows
 
 SMALL = "workload={num_requests: 8, input_len: 40, output_len: 5, prefix_len: 16, request_rate: 50}"
-
-
-@pytest.fixture
-def supernode(monkeypatch, capsys):
-    """Runs the command in this process; gives exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["supernode", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.delenv("RAY_ADDRESS", raising=False)
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 def test_a_sweep_prints_the_front_and_draws_it(supernode, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.simulation.windows import Windows, weighted_quantiles
+from serving.simulation.windows import Windows
 
 FOUR = Windows(width_ns=10, count=4, end_ns=35)
 
@@ -48,12 +48,3 @@ def test_totals_add_up_and_percentiles_are_numpys(rows: list[tuple[int, int]]) -
         inside = [value for when, value in rows if when // 10 == window]
         expected = np.percentile(inside, [50, 99]) if inside else [np.nan, np.nan]
         np.testing.assert_allclose(found[:, window], expected)
-
-
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 5)), min_size=1, max_size=20))
-def test_weighted_quantiles_are_those_of_the_values_written_out(rows: list[tuple[int, int]]) -> None:
-    values, counts = zip(*rows, strict=True)
-    shares = [0, 0.3, 0.5, 0.99, 1]
-    np.testing.assert_allclose(
-        weighted_quantiles(values, counts, shares), np.quantile(np.repeat(values, counts), shares)
-    )
