@@ -10,6 +10,7 @@ here is added up in the order in which the parts of `StepTimeModel.detail` are, 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from devices.operators import Parts
@@ -72,7 +73,7 @@ class CountedStep:
         plain_s = sum(moe.values(), attention_s)
         halves = [value / 2 for value in context], [value / 2 for value in kv]
         first, _, (half_attention_s, moe_s, half_core, around) = best_split(
-            lambda aic: self._streams(*halves, aic), start=start, last=self.num_aic - 1
+            partial(self._streams, *halves), start=start, last=self.num_aic - 1
         )
         stream_s, other_s = (half_attention_s, moe_s) if half_attention_s >= moe_s else (moe_s, half_attention_s)
         num_moe = self.num_moe

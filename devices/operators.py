@@ -12,6 +12,7 @@ Bytes of an operator are its weights, inputs and outputs, each touched once.
     activations  passes * bytes of q and of the output of all heads, over HBM bandwidth
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TypeAlias
@@ -59,6 +60,12 @@ class Operators:
         self._absorbed_bytes = BF16_BYTES * heads * (config.latent_dim + config.kv_lora_rank)
         self._query_bytes = BF16_BYTES * heads * config.qk_head_dim
         self._value_bytes = BF16_BYTES * heads * config.v_head_dim
+        # Of one rank, as nearly always one decides: what `_attention` would work out, kept by cube cores.
+        flops = self._flops.attention_absorbed_per_context_token
+        self._absorbed_s_per_pair = [math.inf] + [
+            flops / (self._attention_flops_per_s_per_aic * aic) for aic in range(1, die.num_aic + 1)
+        ]
+        self._latent_s, self._hidden = self._latent_bytes / self._hbm_bytes_per_s, 1 - self._exposed
         remember = lru_cache(REMEMBERED)
         self._absorbed_products = remember(self._make_absorbed_products)
         self.around_absorbed = remember(self._around_absorbed_core)
@@ -78,8 +85,12 @@ class Operators:
 
     def absorbed_core(self, context: PerRank, kv: PerRank, aic: int) -> float:
         """Its fused attention alone."""
-        flops = self._flops.attention_absorbed_per_context_token
-        return self._attention(context, kv, flops, self._latent_bytes, aic) + self._launch_s
+        if len(context) > 1:
+            flops = self._flops.attention_absorbed_per_context_token
+            return self._attention(context, kv, flops, self._latent_bytes, aic) + self._launch_s
+        compute_s, memory_s = context[0] * self._absorbed_s_per_pair[aic], kv[0] * self._latent_s
+        seconds = compute_s + memory_s - self._hidden * (compute_s if compute_s < memory_s else memory_s)
+        return seconds + self._launch_s
 
     def naive_attention(self, tokens: float, context: PerRank, kv: PerRank, *, aic: int) -> Parts:
         """Multi-head form on one rank: every context token is expanded to all heads first."""

@@ -143,7 +143,7 @@ class Breakdown(Mapping[str, int]):
         return repr(self._rounded())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: there is one for every step, and checked assignment doubles its cost
 class StepTime:
     """Time of one step. `breakdown` holds the exposed time of each operator and adds up to `ns` exactly.
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from serving import cli
 from serving.errors import ConfigError
 from serving.records import OUTCOMES
 from serving.report import WIDTH
@@ -179,7 +180,7 @@ print(sorted({slow!r} & set(sys.modules)))
 def test_files_that_would_overwrite_each_other_are_refused_before_the_run(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=re.escape(message)):
-        CliRunner().invoke(app, ["simulate", "laptop", *options], catch_exceptions=False)
+        CliRunner().invoke(cli.app, ["simulate", "laptop", *options], catch_exceptions=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -187,5 +188,5 @@ def test_a_file_that_cannot_be_written_costs_no_other(tmp_path):
     report = tmp_path / "report.html"
     arguments = ["simulate", "laptop", "--num-requests", "3", "--json", "/dev/full", "--report", str(report)]
     with pytest.raises(ConfigError, match="--json: /dev/full: No space left"):
-        CliRunner().invoke(app, arguments, catch_exceptions=False)
+        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
     assert report.stat().st_size > 1000
