@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.pool_moves import MOVE_KINDS
-from serving.simulation.columns import NEVER, InstanceColumns, RunColumns
+from serving.simulation.columns import NEVER, InstanceColumns, Ints, MoveColumns, RequestColumns, RunColumns
 from serving.timings import Floats, Timings, TokenTimes, tpot_of
 
 POOL_LOAD = MOVE_KINDS.index("pool_load")
-PHASES = ("queue", "pool load", "prefill wait", "prefill", "transfer", "decode")
+# From each instant of `phase_instants` to the next; `pool_load` is the end of what would else be `prefill_queue`.
+PHASES = ("admission", "prefill_queue", "pool_load", "prefill", "hand_over", "decode")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,39 +60,48 @@ def column_timings(run: RunColumns, finished: NDArray[np.int64]) -> ColumnTiming
     )
 
 
-def phases_of(run: RunColumns) -> Mapping[str, Floats]:
-    """Milliseconds that each finished request spent in each phase; they add up to its E2EL.
+def phase_instants(requests: RequestColumns) -> tuple[Ints, ...]:
+    """Where a request's phases begin and the last one ends; NEVER where it did not come to that. Shape (N,) each."""
+    return (
+        requests.arrival_ns,
+        requests.scheduled_ns,
+        requests.prefill_start_ns,
+        requests.first_token_ns,
+        requests.decode_start_ns,
+        requests.last_token_ns,
+    )
 
-    The blocks of a request are loaded before its prefill starts; without the run's moves that time counts as
-    `prefill wait`. What a preemption costs is in `transfer`: the last start of decoding is the one that is known.
+
+def phases_of(
+    requests: RequestColumns, chosen: NDArray[np.bool_], moves: MoveColumns | None = None
+) -> Mapping[str, Floats]:
+    """Milliseconds that each of the `chosen` requests, all finished, spent in each phase; they add up to its E2EL.
+
+    The blocks of a request are loaded before its prefill starts; without `moves` that time counts as `prefill_queue`.
+    A request of one token has no `hand_over` and no `decode`, and one on a colocated instance no `hand_over`: 0. What a
+    preemption costs is in `hand_over`: the last start of decoding is the one that is known.
     """
-    requests, done = run.requests, run.requests.is_finished
-    known = [
-        column[done].astype(np.float64)
-        for column in (
-            requests.arrival_ns,
-            requests.scheduled_ns,
-            requests.prefill_start_ns,
-            requests.first_token_ns,
-            requests.decode_start_ns,
-            requests.last_token_ns,
-        )
-    ]
+    known = [column[chosen].astype(np.float64) for column in phase_instants(requests)]
     # A request that never came to an instant passed it at once: it had its last token with the first, for example.
     for earlier, later in itertools.pairwise(known):
         later[later == NEVER] = earlier[later == NEVER]
         np.maximum(later, earlier, out=later)
-    queue, wait, prefill, transfer, decode = (b - a for a, b in itertools.pairwise(known))
+    admission, wait, prefill, hand_over, decode = (b - a for a, b in itertools.pairwise(known))
     loading: Floats = np.zeros(len(requests))
-    if run.moves is not None:
-        loads = run.moves.kind == POOL_LOAD
-        lengths = (run.moves.end_ns - run.moves.start_ns)[loads]
-        loading = np.bincount(run.moves.request[loads], lengths.astype(np.float64), len(requests)).astype(np.float64)
-    load = np.minimum(loading[done], wait)
+    if moves is not None:
+        loads = moves.kind == POOL_LOAD
+        lengths = (moves.end_ns - moves.start_ns)[loads]
+        loading = np.bincount(moves.request[loads], lengths.astype(np.float64), len(requests)).astype(np.float64)
+    load = np.minimum(loading[chosen], wait)
     return {
         name: values / 1e6
-        for name, values in zip(PHASES, (queue, load, wait - load, prefill, transfer, decode), strict=True)
+        for name, values in zip(PHASES, (admission, wait - load, load, prefill, hand_over, decode), strict=True)
     }
+
+
+def phase_label(name: str) -> str:
+    """As people read it."""
+    return name.replace("_", " ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

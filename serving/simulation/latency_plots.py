@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.simulation.columns import RunColumns
-from serving.simulation.latencies import ColumnTimings, phases_of, step_gaps
+from serving.simulation.latencies import ColumnTimings, phase_label, phases_of, step_gaps
 from serving.simulation.plots import (
     METRIC_COLORS,
     PERCENTILE_COLORS,
@@ -29,11 +29,11 @@ MOST_POINTS = 3_000  # of a scatter plot; more are sampled by stride
 # Even shares, and beyond them the tail that percentiles are read from.
 SHARES = np.concatenate([np.linspace(0, 0.98, 197), np.linspace(0.981, 0.999, 37), np.linspace(0.9991, 1, 10)])
 PHASE_COLORS: Mapping[str, str] = {
-    "queue": "#9aa1ab",
-    "pool load": "#e69f00",
-    "prefill wait": "#a6cee3",
+    "admission": "#9aa1ab",
+    "prefill_queue": "#a6cee3",
+    "pool_load": "#e69f00",
     "prefill": "#0072b2",
-    "transfer": "#cc79a7",
+    "hand_over": "#cc79a7",
     "decode": "#d55e00",
 }
 
@@ -127,9 +127,9 @@ def _percentile_plot(key: str, title: str, rows: Floats, label: str, windows: Wi
 
 def _phases(run: RunColumns, timings: ColumnTimings) -> list[Plot]:
     """Phases of E2EL and, larger, of TTFT."""
-    phases = phases_of(run)
-    before_first = {name: values for name, values in phases.items() if name not in ("transfer", "decode")}
-    note = "" if run.moves is not None else "Movements were not kept: the load from the pool is in the prefill wait."
+    phases = phases_of(run.requests, run.requests.is_finished, run.moves)
+    before_first = {name: values for name, values in phases.items() if name not in ("hand_over", "decode")}
+    note = "" if run.moves is not None else "Movements were not kept: the load from the pool is in the prefill queue."
     return [
         _stack("phases", "E2EL", phases, timings.e2el_ns, note),
         _stack("ttft-phases", "TTFT", before_first, timings.ttft_ns, note),
@@ -156,11 +156,11 @@ def _stack(key: str, label: str, phases: Mapping[str, Floats], by: Floats, note:
                 {
                     "type": "bar",
                     "orientation": "h",
-                    "name": name,
+                    "name": phase_label(name),
                     "y": [group for group, _ in groups],
                     "x": numbers(means * factor),
                     "marker": {"color": PHASE_COLORS[name]},
-                    "hovertemplate": f"%{{x:.4g}} {unit}<extra>{name}</extra>",
+                    "hovertemplate": f"%{{x:.4g}} {unit}<extra>{phase_label(name)}</extra>",
                 }
             )
     return Plot(

@@ -28,6 +28,7 @@ from devices.spec import PlaneName
 from serving.config import RunConfig
 from serving.pool_moves import MOVE_KINDS, MoveKind
 from serving.simulation.columns import NEVER, InstanceColumns, RunColumns
+from serving.simulation.latencies import PHASES, phase_instants, phase_label
 from serving.simulation.plots import stream_of
 from serving.simulation.trace_events import Event, Lanes, Tracks, counter_event, flow_events, in_order, slice_event
 
@@ -241,11 +242,8 @@ class _Trace:
 
     def _requests(self) -> Iterator[Event]:
         requests, lanes = self._run.requests, Lanes(self._tracks, "requests", "requests")
-        columns = (
-            requests.arrival_ns, requests.scheduled_ns, requests.prefill_start_ns, requests.first_token_ns,
-            requests.decode_start_ns, requests.last_token_ns,
-        )  # fmt: skip
-        phases = ("queue", "prefill wait", "prefill", "transfer", "decode")
+        columns = phase_instants(requests)
+        phases = [phase_label(name) for name in PHASES if name != "pool_load"]  # a load has a slice of its own
         for i in self._inside(requests.arrival_ns):
             if i % self._span.request_stride:
                 continue

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from serving.report import WIDTH, row
+from serving.simulation.latencies import phase_label
 
 MAX_INSTANCE_ROWS = 16  # above it a role's instances share one row
 MAX_OPERATORS = 7  # of the breakdown of a step; the rest in one row
@@ -83,8 +84,9 @@ def _phase_rows(phases: Figures) -> list[str]:
         return []
     rows = ["Time of a Request (ms)".center(WIDTH, "-"), f"{'':<18}{'mean':>8}{'P50':>8}{'P90':>8}{'P99':>8}"]
     for name, values in phases.items():
-        label = name.replace("_", " ")
-        rows.append(f"{label:<18}" + "".join(f"{values[key]:>8.1f}" for key in ("mean", "p50", "p90", "p99")))
+        rows.append(
+            f"{phase_label(name):<18}" + "".join(f"{values[key]:>8.1f}" for key in ("mean", "p50", "p90", "p99"))
+        )
     return rows
 
 

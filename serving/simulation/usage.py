@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.simulation.columns import NEVER, Ints, PlaneTotals, PoolColumns, RunColumns
+from serving.simulation.latencies import phases_of
 from serving.timings import distribution, weighted_quantiles
 
 Figures = dict[str, Any]
@@ -63,26 +64,21 @@ def admission_figures(run: RunColumns) -> Figures:
 def phase_figures(run: RunColumns) -> Figures:
     """Where the time of a request goes, in milliseconds: phases that follow each other from arrival to last token.
 
-    Of finished requests that were not preempted. `hand_over` is the way of the KV to the decode rank, absent on
-    colocated instances; a request of one token has neither that nor `decode`.
+    Of finished requests that were not preempted. `hand_over`, the way of the KV to the decode rank, is absent on
+    colocated instances; a request of one token has neither that nor `decode`. What is loaded from the pool is part of
+    `prefill_queue`: not every run keeps its movements.
     """
     requests = run.requests
     counted = requests.is_finished & (requests.num_preemptions == 0)
-    decoded = counted & (requests.decode_start_ns != NEVER)
-    phases: tuple[tuple[str, Ints, Ints, NDArray[np.bool_]], ...] = (
-        ("admission", requests.arrival_ns, requests.scheduled_ns, counted),
-        ("prefill_queue", requests.scheduled_ns, requests.prefill_start_ns, counted),
-        ("prefill", requests.prefill_start_ns, requests.first_token_ns, counted),
-        ("hand_over", requests.first_token_ns, requests.decode_start_ns, decoded),
-        ("decode", requests.decode_start_ns, requests.last_token_ns, decoded),
-    )
-    if not decoded.any():
-        more = counted & (requests.num_output_tokens > 1)
-        phases = (*phases[:3], ("decode", requests.first_token_ns, requests.last_token_ns, more))
+    members = {
+        "hand_over": (requests.decode_start_ns != NEVER)[counted],
+        "decode": (requests.num_output_tokens > 1)[counted],
+    }
     figures: Figures = {}
-    for name, start_ns, end_ns, mask in phases:
-        if mask.any():
-            values = distribution((end_ns[mask] - start_ns[mask]) / 1e6, None, (50.0, 90.0, 99.0))
+    for name, phase_ms in phases_of(requests, counted).items():
+        chosen = phase_ms[members[name]] if name in members else phase_ms
+        if chosen.size and name != "pool_load":
+            values = distribution(chosen, None, (50.0, 90.0, 99.0))
             figures[name] = {"mean": values.mean_ms} | {f"p{p:g}": value for p, value in values.percentiles.items()}
     return figures
 

@@ -133,14 +133,14 @@ def test_plots_hold_what_the_columns_say(made_run: MakeRun, show: Callable[..., 
 
 def test_phases_add_up_to_the_whole_request(made_run: MakeRun) -> None:
     run = made_run(300)
-    phases = phases_of(run)
     done = run.requests.is_finished
+    phases = phases_of(run.requests, done, run.moves)
     e2el_ms = (run.requests.last_token_ns - run.requests.arrival_ns)[done] / 1e6
     np.testing.assert_allclose(sum(phases.values()), e2el_ms)
-    assert phases["pool load"].max() == 2.0
-    without = phases_of(dataclasses.replace(run, moves=None))
-    assert not without["pool load"].any()
-    np.testing.assert_allclose(without["prefill wait"], phases["pool load"] + phases["prefill wait"])
+    assert phases["pool_load"].max() == 2.0
+    without = phases_of(run.requests, done)
+    assert not without["pool_load"].any()
+    np.testing.assert_allclose(without["prefill_queue"], phases["pool_load"] + phases["prefill_queue"])
 
 
 def test_the_head_says_what_ran_and_how_well(made_run: MakeRun, show: Callable[..., Page]) -> None:
@@ -162,7 +162,7 @@ def test_the_head_says_what_ran_and_how_well(made_run: MakeRun, show: Callable[.
 def test_runs_that_lack_something_say_so(made_run: MakeRun, show: Callable[..., Page]) -> None:
     text = show(made_run(30, has_pool=False, has_moves=False)).text
     assert "This run has no pool." in text
-    assert "the load from the pool is in the prefill wait" in text
+    assert "the load from the pool is in the prefill queue" in text
     page = show(made_run(30, is_colocated=True), shape="colocated")
     assert "No block was moved." in page.text
     assert page.figures["rows"]["data"][0]["name"] == "colocated-0"
